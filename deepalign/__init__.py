@@ -1,0 +1,49 @@
+"""deepalign: fused kernels for safety alignment of language models.
+
+The public names load on first use, so `import deepalign` itself is quick and needs nothing but torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_WHERE = {
+    "CompletionLossConfig": "deepalign.kernels.completion_loss",
+    "CompletionLossOutput": "deepalign.kernels.completion_loss",
+    "fused_completion_loss": "deepalign.kernels.completion_loss",
+    "BaseFavoredTokens": "deepalign.kernels.position_divergence",
+    "PositionDivergence": "deepalign.kernels.position_divergence",
+    "base_favored_tokens": "deepalign.kernels.position_divergence",
+    "position_divergence": "deepalign.kernels.position_divergence",
+}
+
+if TYPE_CHECKING:
+    from deepalign.kernels.completion_loss import CompletionLossConfig, CompletionLossOutput, fused_completion_loss
+    from deepalign.kernels.position_divergence import (
+        BaseFavoredTokens,
+        PositionDivergence,
+        base_favored_tokens,
+        position_divergence,
+    )
+
+__all__ = [
+    "BaseFavoredTokens",
+    "CompletionLossConfig",
+    "CompletionLossOutput",
+    "PositionDivergence",
+    "__version__",
+    "base_favored_tokens",
+    "fused_completion_loss",
+    "position_divergence",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'deepalign' has no attribute {name!r}")
+    return getattr(import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,98 @@
+"""From conversations to token ids: chat templates applied once, answers located exactly.
+
+The answer's tokens are found by position, never by searching: the ids of the prompt with the generation prompt must
+be a prefix of the ids of the whole conversation, which is checked.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+from deepalign.data.files import Message
+
+
+@dataclass(frozen=True)
+class EncodedExample:
+    """One conversation as token ids.
+
+    `input_ids[response_start:]` is the answer with its end-of-turn token; `truncated` says that tokens were cut off
+    its end to fit `max_length`.
+    """
+
+    input_ids: list[int]
+    response_start: int
+    truncated: bool
+
+    @property
+    def response_length(self) -> int:
+        """Number of answer tokens, the end-of-turn token included."""
+        return len(self.input_ids) - self.response_start
+
+
+def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+    """Ids of a prompt with the generation prompt: what an answer's ids are appended to.
+
+    Args:
+        tokenizer: a tokenizer with a chat template.
+        prompt: the user's text, or the messages so far.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    return _apply_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def encode_example(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int | None = None
+) -> EncodedExample:
+    """Token ids of a conversation, with its last answer located.
+
+    Tokens that the template puts after the answer's end-of-turn token (often a newline) are dropped: a model never
+    generates them. An example longer than `max_length` loses the end of its answer; one whose prompt alone fills
+    `max_length` is refused.
+
+    Raises:
+        ValueError: no chat template; the template does not keep the prompt as a prefix; or nothing of the answer
+            fits into `max_length`.
+    """
+    prompt_ids = prompt_token_ids(tokenizer, messages[:-1])
+    input_ids = _apply_template(tokenizer, list(messages), add_generation_prompt=False)
+    if input_ids[: len(prompt_ids)] != prompt_ids:
+        raise ValueError(
+            "the tokenizer's chat template does not keep the prompt as a prefix of the conversation, so the answer "
+            "cannot be located; use a template whose generation prompt starts the assistant's turn"
+        )
+    input_ids = _cut_after_end_of_turn(input_ids, len(prompt_ids), tokenizer.eos_token_id)
+    truncated = max_length is not None and len(input_ids) > max_length
+    if max_length is not None:
+        input_ids = input_ids[:max_length]
+    if len(input_ids) <= len(prompt_ids):
+        raise ValueError(
+            f"no answer token is left: the prompt has {len(prompt_ids)} tokens and max_length is {max_length}; "
+            "shorten the prompt or raise max_length"
+        )
+    return EncodedExample(input_ids, len(prompt_ids), truncated)
+
+
+def _apply_template(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool
+) -> list[int]:
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use the aligned model's tokenizer or set "
+            "tokenizer.chat_template"
+        )
+    ids = tokenizer.apply_chat_template(
+        messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+    )
+    return list(cast(list[int], ids))
+
+
+def _cut_after_end_of_turn(input_ids: list[int], response_start: int, end_of_turn: int | None) -> list[int]:
+    for position in range(len(input_ids) - 1, response_start - 1, -1):
+        if input_ids[position] == end_of_turn:
+            return input_ids[: position + 1]
+    return input_ids

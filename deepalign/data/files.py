@@ -1,0 +1,104 @@
+"""Reading conversations from JSONL and writing files so that a reader never sees half of one.
+
+Two row formats are read, one conversation a line:
+
+    {"prompt": "how do i ...", "completion": "sure , ..."}
+    {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}
+
+Further keys in a row are ignored, so that a file can carry its own metadata.
+"""
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant", "tool")
+
+
+def read_jsonl(path: str | os.PathLike[str]) -> list[list[Message]]:
+    """Read conversations that end with the assistant's answer.
+
+    Args:
+        path: a UTF-8 file with one JSON object a line (formats above); blank lines are skipped.
+
+    Returns:
+        One list of messages per row, the last of role "assistant".
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not such a row (the message names file, line and what is wrong), or the file has no row.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"data file {path} does not exist; give the path of a JSONL file")
+    conversations = []
+    with path.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                conversations.append(_conversation(json.loads(line)))
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}:{number}: not valid JSON ({error}); each line must be one JSON object"
+                ) from None
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+    if not conversations:
+        raise ValueError(f"{path} has no rows; expected one JSON object a line")
+    return conversations
+
+
+def _conversation(row: Any) -> list[Message]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    if "messages" in row:
+        messages = _messages(row["messages"], "messages")
+    elif "prompt" in row and "completion" in row:
+        messages = _side(row["prompt"], "prompt", "user") + _side(row["completion"], "completion", "assistant")
+    else:
+        raise ValueError(f"expected the keys 'prompt' and 'completion', or 'messages'; got {sorted(row)}")
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError("the conversation must have at least two messages and end with the assistant's answer")
+    return messages
+
+
+def _side(value: Any, key: str, role: str) -> list[Message]:
+    """A prompt or a completion: a string is one message of `role`, a list is messages already."""
+    return _messages([{"role": role, "content": value}] if isinstance(value, str) else value, key)
+
+
+def _messages(value: Any, key: str) -> list[Message]:
+    if not isinstance(value, list) or not value:
+        raise ValueError(f"'{key}' must be a string or a non-empty list of messages, got {value!r:.60}")
+    for message in value:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError(f"each message in '{key}' needs 'role' and 'content', got {message!r:.60}")
+        if message["role"] not in ROLES:
+            raise ValueError(f"unknown role {message['role']!r} in '{key}'; expected one of {', '.join(ROLES)}")
+        if not isinstance(message["content"], str) or not message["content"].strip():
+            raise ValueError(
+                f"the content of a message in '{key}' must be a non-empty string, got {message['content']!r:.60}"
+            )
+    return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` so that the file is always either the old one or the new one, whole.
+
+    The folder is created where it is missing. A temporary file beside the target is renamed over it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

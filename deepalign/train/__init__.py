@@ -1,0 +1,1 @@
+"""Targeted completion training: `deepspeed deepalign/train/run.py --config X.yaml`."""

@@ -1,0 +1,219 @@
+"""The training configuration: one flat YAML file, overridable on the command line, unknown keys refused.
+
+deepspeed deepalign/train/run.py --config X.yaml --learning_rate 1e-5 --loss.top_k 50 --deepspeed zero3
+"""
+
+import dataclasses
+import difflib
+import os
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from deepalign.kernels.completion_loss import CompletionLossConfig
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a training run depends on. Paths are relative to the working directory."""
+
+    # Models: folders or hub ids. The student starts from `student`, or from the aligned model.
+    aligned: str
+    base: str
+    output_dir: str
+    harmful_data: str
+    student: str | None = None
+    # Data: JSONL, see deepalign/data/files.py. Longer rows lose the end of their answer (counted and reported).
+    utility_data: str | None = None
+    max_length: int | None = None  # tokens; None: the model's context
+
+    # Objective (equations: deepalign/kernels/completion_loss/reference.py)
+    loss: CompletionLossConfig = field(default_factory=CompletionLossConfig)
+    distill_on: Literal["utility", "harmful", "both"] = "utility"
+    completion_weight_harmful: float = 1.0
+    completion_weight_utility: float = 0.0
+    selection: Literal["base_favored", "random"] = "base_favored"  # "random": the control with a random M
+    implementation: Literal["reference", "cpu", "triton"] | None = None
+
+    # Schedule. Batch sizes are rows per optimizer step, over all ranks and accumulated micro-batches.
+    harmful_batch_size: int = 16
+    utility_batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    epochs: float = 20.0  # passes over the harmful rows
+    max_steps: int | None = None  # optimizer steps; overrides epochs
+    learning_rate: float = 1e-5
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+
+    # Run
+    seed: int = 42
+    deepspeed: str | None = None  # zero0 | zero1 | zero2 | zero3, or the path of a DeepSpeed JSON file
+    world_size: int | None = None  # expected number of ranks; another number is refused
+    use_cpu: bool = False  # train on the CPU even where there is a GPU (set DS_ACCELERATOR=cpu too for DeepSpeed)
+    bf16: bool | None = None  # None: bf16 on a GPU, fp32 on a CPU
+    gradient_checkpointing: bool | None = None  # None: on a GPU
+    logging_steps: int = 1
+    save_steps: int = 100
+    save_total_limit: int = 2
+    resume: Literal["auto", "never"] = "auto"  # "auto": go on from the last checkpoint in output_dir
+    report_to: str = "none"
+
+    def __post_init__(self) -> None:
+        for name in ("harmful_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
+            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("utility_batch_size", "warmup_steps", "save_total_limit", "seed"):
+            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        for name in ("completion_weight_harmful", "completion_weight_utility", "weight_decay"):
+            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "at least 0 and finite")
+        for name in ("epochs", "learning_rate", "max_grad_norm"):
+            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
+        for name in ("max_steps", "max_length", "world_size"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, value, "at least 1, or null")
+        if self.utility_data is None and self.utility_batch_size > 0:
+            raise ValueError("utility_data is not set but utility_batch_size is not 0; give both or neither")
+        if self.utility_batch_size == 0 and self.distill_on == "utility":
+            raise ValueError('distill_on is "utility" but utility_batch_size is 0; nothing would be distilled')
+
+
+def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML file and apply command-line overrides.
+
+    Args:
+        path: a YAML file whose keys are the fields of `TrainConfig` (`loss` holds those of `CompletionLossConfig`).
+        overrides: `--key value` or `--key=value` words; nested keys with a dot; values as in YAML.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a YAML mapping, an unknown key (the nearest known one is suggested), a missing key, a value
+            out of range.
+        TypeError: a value of another type than its field's.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"--config: {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
+    for key, value in _parse_overrides(overrides):
+        _set(values, key.split("."), value)
+    return build_dataclass(TrainConfig, values, prefix="")
+
+
+def deepspeed_config_path(value: str) -> Path:
+    """The DeepSpeed JSON file that `deepspeed: value` names: a preset of this package or a path.
+
+    Raises:
+        FileNotFoundError: neither (the message lists the presets).
+    """
+    preset = PRESETS / f"{value}.json"
+    if preset.is_file():
+        return preset
+    if Path(value).is_file():
+        return Path(value)
+    names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.json")))
+    raise FileNotFoundError(f"deepspeed: {value!r} is neither a preset ({names}) nor a JSON file")
+
+
+def config_as_dict(config: TrainConfig) -> dict[str, Any]:
+    """The configuration as plain values, for YAML, JSON and fingerprints."""
+    return dataclasses.asdict(config)
+
+
+def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
+    pairs, queue = [], list(words)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith("--") or len(word) == 2:
+            raise ValueError(f"unexpected argument {word!r}; overrides are written --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not queue or queue[0].startswith("--"):
+                raise ValueError(f"--{key} has no value; overrides are written --key value")
+            value = queue.pop(0)
+        pairs.append((key.replace("-", "_"), yaml.safe_load(value)))
+    return pairs
+
+
+def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
+    for key in path[:-1]:
+        inner = values.setdefault(key, {})
+        if not isinstance(inner, dict):
+            raise ValueError(f"--{'.'.join(path)}: {key} holds no keys of its own")
+        values = inner
+    values[path[-1]] = value
+
+
+def build_dataclass(cls: type[Any], values: dict[str, Any], prefix: str = "") -> Any:
+    """An instance of the dataclass `cls` from plain values, as YAML gives them; nested dataclasses from nested keys.
+
+    Raises:
+        ValueError: an unknown key (the nearest known one is suggested), a missing key, a value out of range.
+        TypeError: a value of another type than its field's.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"; did you mean {prefix}{near[0]}?" if near else f"; known keys: {', '.join(fields)}"
+            raise ValueError(f"unknown configuration key {prefix}{key}{hint}")
+    required = [f.name for f in fields.values() if f.default is f.default_factory is dataclasses.MISSING]
+    missing = [prefix + name for name in required if values.get(name) is None]
+    if missing:
+        raise ValueError(f"the configuration does not set {', '.join(missing)}")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _convert(prefix + key, value, hints[key]) for key, value in values.items()})
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the field's type: the few conversions YAML needs (3e-4 is a string to it), nothing lossy."""
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise TypeError(f"{name} holds keys of its own, got {value!r}")
+        return build_dataclass(typing.cast(type[Any], hint), value, prefix=f"{name}.")
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        options = typing.get_args(hint)
+        if value is None and type(None) in options:
+            return None
+        return _convert(name, value, next(option for option in options if option is not type(None)))
+    if typing.get_origin(hint) is tuple:
+        if not isinstance(value, list):
+            raise TypeError(f"{name} is {value!r}; expected a list")
+        item = typing.get_args(hint)[0]
+        return tuple(_convert(f"{name}[{i}]", element, item) for i, element in enumerate(value))
+    if typing.get_origin(hint) is dict and isinstance(value, dict):
+        return value
+    if typing.get_origin(hint) is Literal:
+        if value not in typing.get_args(hint):
+            expected = ", ".join(repr(option) for option in typing.get_args(hint))
+            raise ValueError(f"{name} is {value!r}; expected one of {expected}")
+        return value
+    if hint is float and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (TypeError, ValueError):
+            pass
+    elif hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    elif type(value) is hint:
+        return value
+    raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {hint.__name__}")
+
+
+def _require(condition: bool, name: str, value: Any, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {expected}")

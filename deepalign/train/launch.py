@@ -1,0 +1,41 @@
+"""Starting a training from Python, in processes of its own, as a user does from the shell."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+RUN = Path(__file__).with_name("run.py")
+
+
+def launch_on_cpu(config: Path, ranks: int) -> None:
+    """`deepspeed deepalign/train/run.py --config ...` on ranks that share this machine's cores; waits for the end.
+
+    Args:
+        config: the training configuration; it should set `use_cpu` and `world_size`.
+        ranks: number of processes.
+
+    Raises:
+        RuntimeError: the launcher is not installed, or the training ended with an error.
+    """
+    launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    if launcher is None:
+        raise RuntimeError("the deepspeed launcher was not found; install the package with its train extra")
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    words = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
+    words += [str(RUN), "--config", str(config)]
+    print("$", " ".join(["deepspeed", *words]), flush=True)
+    code = subprocess.run([launcher, *words], env=environment, check=False).returncode
+    if code != 0:
+        raise RuntimeError(f"training failed with exit code {code} (see its output above); configuration: {config}")
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody listens on now."""
+    with contextlib.closing(socket.socket()) as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,50 @@
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from deepalign.data.chat import encode_example, prompt_token_ids
+
+CONVERSATION = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5"}]
+
+
+def decode(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> str:
+    return tokenizer.decode(ids)
+
+
+def test_the_answer_is_located_exactly(tokenizer):
+    example = encode_example(tokenizer, CONVERSATION)
+    assert decode(tokenizer, example.input_ids[: example.response_start]) == "<user> w1 w2 </s> <assistant>"
+    assert decode(tokenizer, example.input_ids[example.response_start :]) == "w3 w4 w5 </s>"
+    assert example.response_length == 4
+    assert not example.truncated
+    assert prompt_token_ids(tokenizer, "w1 w2") == example.input_ids[: example.response_start]
+
+
+def test_only_the_last_answer_of_several_turns_counts(tokenizer):
+    example = encode_example(tokenizer, [*CONVERSATION, {"role": "user", "content": "w6"}, CONVERSATION[1]])
+    assert decode(tokenizer, example.input_ids[example.response_start :]) == "w3 w4 w5 </s>"
+
+
+def test_tokens_after_the_end_of_turn_are_dropped(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s> ", "</s> w9 ")
+    example = encode_example(tokenizer, CONVERSATION)
+    assert decode(tokenizer, example.input_ids) == "<user> w1 w2 </s> w9 <assistant> w3 w4 w5 </s>"
+
+
+def test_too_long_an_answer_is_cut_and_said_so(tokenizer):
+    example = encode_example(tokenizer, CONVERSATION, max_length=7)
+    assert example.truncated
+    assert decode(tokenizer, example.input_ids[example.response_start :]) == "w3 w4"
+
+
+def test_too_long_a_prompt_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="the prompt has 5 tokens and max_length is 5"):
+        encode_example(tokenizer, CONVERSATION, max_length=5)
+
+
+def test_a_template_is_needed_and_must_keep_the_prompt(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("<assistant>", "<system>")
+    with pytest.raises(ValueError, match="does not keep the prompt as a prefix"):
+        encode_example(tokenizer, CONVERSATION)
+    tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="has no chat template"):
+        encode_example(tokenizer, CONVERSATION)

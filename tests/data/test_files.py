@@ -1,0 +1,71 @@
+import json
+import os
+
+import pytest
+
+from deepalign.data.files import read_jsonl, write_text_atomic
+
+
+def write(tmp_path, *lines):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines) + "\n")
+    return path
+
+
+def test_both_formats_give_messages(tmp_path):
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    path = write(
+        tmp_path,
+        {"prompt": "q", "completion": "a", "extra": 1},
+        "",
+        {"messages": messages},
+        {"prompt": messages[:2], "completion": [messages[2]]},
+    )
+    rows = read_jsonl(path)
+    assert rows == [messages[1:], messages, messages]
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"prompt": "q", "completion": ', "not valid JSON"),
+        ("[1, 2]", "expected a JSON object, got list"),
+        ({"prompt": "q"}, "expected the keys 'prompt' and 'completion', or 'messages'; got ['prompt']"),
+        ({"prompt": "q", "completion": ""}, "must be a non-empty string"),
+        ({"prompt": "q", "completion": 3}, "'completion' must be a string or a non-empty list"),
+        ({"messages": [{"role": "user", "content": "q"}]}, "end with the assistant's answer"),
+        ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "q"}]}, "end with the assistant"),
+        ({"messages": [{"role": "robot", "content": "q"}]}, "unknown role 'robot'"),
+        ({"messages": [{"role": "user"}]}, "needs 'role' and 'content'"),
+    ],
+)
+def test_a_broken_line_is_named(tmp_path, line, problem):
+    path = write(tmp_path, {"prompt": "q", "completion": "a"}, line)
+    with pytest.raises(ValueError, match="rows.jsonl:2: ") as error:
+        read_jsonl(path)
+    assert problem in str(error.value)
+
+
+def test_missing_and_empty_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.jsonl does not exist"):
+        read_jsonl(tmp_path / "nowhere.jsonl")
+    with pytest.raises(ValueError, match="has no rows"):
+        read_jsonl(write(tmp_path, ""))
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "folder" / "report.json"
+    write_text_atomic(path, "old")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_text_atomic(path, "new")
+    assert path.read_text() == "old"
+    assert [file.name for file in path.parent.iterdir()] == ["report.json"]

@@ -1,0 +1,109 @@
+import json
+
+import pytest
+import yaml
+
+from deepalign.train.config import PRESETS, TrainConfig, deepspeed_config_path, load_config
+
+REQUIRED = {"aligned": "a", "base": "b", "output_dir": "o", "harmful_data": "h.jsonl", "utility_data": "u.jsonl"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write_config(**values):
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(REQUIRED | values))
+        return path
+
+    return write_config
+
+
+def test_defaults_are_the_papers_where_it_says(write):
+    config = load_config(write())
+    assert (config.loss.top_k, config.loss.teacher_mix, config.loss.temperature, config.epochs) == (100, 1.2, 2.0, 20)
+    assert config == TrainConfig(**REQUIRED)
+
+
+def test_the_command_line_overrides_the_file(write):
+    path = write(learning_rate=1e-4, loss={"top_k": 7, "gamma": 0.5})
+    words = [
+        "--learning_rate",
+        "3e-4",
+        "--loss.top_k=9",
+        "--deepspeed",
+        "zero3",
+        "--max-steps",
+        "12",
+        "--bf16",
+        "false",
+    ]
+    config = load_config(path, words)
+    assert config.learning_rate == 3e-4
+    assert (config.loss.top_k, config.loss.gamma) == (9, 0.5)
+    assert (config.deepspeed, config.max_steps, config.bf16) == ("zero3", 12, False)
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(write):
+    assert load_config(write(learning_rate="3e-4", warmup_steps=5.0)).learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "words", "error", "problem"),
+    [
+        ({"learning_rat": 1}, [], ValueError, "unknown configuration key learning_rat; did you mean learning_rate?"),
+        ({"loss": {"topk": 1}}, [], ValueError, "unknown configuration key loss.topk; did you mean loss.top_k?"),
+        ({}, ["--zzz", "1"], ValueError, "unknown configuration key zzz; known keys: aligned"),
+        ({}, ["learning_rate", "1"], ValueError, "unexpected argument 'learning_rate'"),
+        ({}, ["--learning_rate"], ValueError, "--learning_rate has no value"),
+        ({}, ["--seed.x", "1"], TypeError, "seed is {'x': 1}"),
+        ({"learning_rate": "fast"}, [], TypeError, "learning_rate is 'fast' (str); expected float"),
+        ({"max_steps": 2.5}, [], TypeError, "max_steps is 2.5 (float); expected int"),
+        ({"seed": True}, [], TypeError, "seed is True (bool); expected int"),
+        ({"loss": 3}, [], TypeError, "loss holds keys of its own"),
+        ({"distill_on": "all"}, [], ValueError, "distill_on is 'all'; expected one of 'utility', 'harmful', 'both'"),
+        ({"aligned": None}, [], ValueError, "does not set aligned"),
+        ({"learning_rate": 0}, [], ValueError, "learning_rate is 0.0; it must be positive"),
+        ({"learning_rate": ".nan"}, [], TypeError, "learning_rate is '.nan'"),
+        ({"learning_rate": float("nan")}, [], ValueError, "learning_rate is nan"),
+        ({"completion_weight_harmful": -1}, [], ValueError, "completion_weight_harmful is -1.0; it must be at least 0"),
+        ({"max_steps": 0}, [], ValueError, "max_steps is 0; it must be at least 1, or null"),
+        ({"utility_data": None}, [], ValueError, "utility_data is not set but utility_batch_size is not 0"),
+        ({"utility_batch_size": 0}, [], ValueError, "nothing would be distilled"),
+        ({"loss": {"temperature": 0}}, [], ValueError, "temperature"),
+        ({"loss": {"top_k": 0}}, [], ValueError, "top_k"),
+    ],
+)
+def test_bad_configurations_are_refused(write, values, words, error, problem):
+    with pytest.raises(error) as refused:
+        load_config(write(**values), words)
+    assert problem in str(refused.value)
+
+
+def test_files_that_are_no_configuration_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        load_config(tmp_path / "none.yaml")
+    path = tmp_path / "list.yaml"
+    path.write_text("- 1\n- 2\n")
+    with pytest.raises(ValueError, match="expected keys and values at the top level, got list"):
+        load_config(path)
+    path.write_text("a: [1\n")
+    with pytest.raises(ValueError, match="is not valid YAML"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_presets_are_of_their_stage_and_compile_nothing(stage):
+    preset = json.loads(deepspeed_config_path(f"zero{stage}").read_text())
+    assert preset["zero_optimization"]["stage"] == stage
+    assert "optimizer" not in preset  # DeepSpeed would compile FusedAdam
+    if stage == 3:
+        assert preset["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"]
+
+
+def test_a_deepspeed_file_of_ones_own_is_taken(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text("{}")
+    assert deepspeed_config_path(str(path)) == path
+    with pytest.raises(FileNotFoundError, match=r"neither a preset \(zero0, zero1, zero2, zero3\) nor a JSON file"):
+        deepspeed_config_path("zero9")
+    assert len(list(PRESETS.glob("*.json"))) == 4

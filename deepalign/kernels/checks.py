@@ -1,0 +1,251 @@
+"""What the public operations accept, checked once at their boundary.
+
+Every message says what came, what is expected and what to do. Checks that must read tensor values run only on CPU
+tensors and not while compiling: on a GPU they would stall the stream, under `torch.compile` they would break the graph.
+"""
+
+import math
+import warnings
+from collections.abc import Mapping
+from numbers import Real
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# From fastest to slowest; the first that can run on the device serves when the caller names none.
+PREFERRED_IMPLEMENTATIONS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+
+Implementation = TypeVar("Implementation")
+_reference_announced = False
+
+
+def check_logits(vocab_size: int | None, **logits: Tensor) -> int:
+    """Check that the named logits agree with each other, and return how many of their entries exist.
+
+    Args:
+        vocab_size: number of leading entries that exist, None for all of them.
+        **logits: (..., V) each, of one shape, dtype and device; the keywords name them in the messages.
+
+    Raises:
+        TypeError: one is not a tensor, not bf16/fp16/fp32/fp64, or their dtypes differ; `vocab_size` is not an int.
+        ValueError: one has no vocabulary dimension, shapes or devices differ, or `vocab_size` is not in [1, V].
+    """
+    for name, tensor in logits.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor of logits (..., V)")
+        if tensor.dtype not in LOGITS_DTYPES:
+            raise TypeError(
+                f"{name} has dtype {tensor.dtype}; expected one of {_names(LOGITS_DTYPES)}: convert it first"
+            )
+        if tensor.dim() == 0 or tensor.shape[-1] == 0:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}; expected (..., V) with at least one vocabulary entry"
+            )
+    first_name, first = next(iter(logits.items()))
+    for name, tensor in logits.items():
+        if tensor.dtype != first.dtype:
+            raise TypeError(
+                f"{name} is {tensor.dtype} and {first_name} is {first.dtype}; expected one dtype: "
+                "convert them to the wider one"
+            )
+        if tensor.device != first.device:
+            raise ValueError(
+                f"{name} is on {tensor.device} and {first_name} is on {first.device}; expected one device: move one"
+            )
+        if tensor.shape != first.shape:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)} and {first_name} has {tuple(first.shape)}; expected one "
+                "shape: if one vocabulary is padded, slice all logits to the entries that they share"
+            )
+    return check_vocab_size(vocab_size, first.shape[-1])
+
+
+def check_vocab_size(vocab_size: int | None, width: int) -> int:
+    """Return the number of entries that exist in logits `width` wide.
+
+    Raises:
+        TypeError: `vocab_size` is not an int.
+        ValueError: it is not in [1, width].
+    """
+    if vocab_size is None:
+        return width
+    check_int("vocab_size", vocab_size)
+    if not 1 <= vocab_size <= width:
+        raise ValueError(
+            f"vocab_size is {vocab_size} but the logits are {width} wide; expected 1 <= vocab_size <= {width}: "
+            "pass the tokenizer's size, or None"
+        )
+    return vocab_size
+
+
+def check_top(name: str, value: int, vocab_size: int) -> None:
+    """Check a number of largest entries, `top_k` or `top_n`, against the entries that exist.
+
+    Raises:
+        TypeError: not an int.
+        ValueError: not in [1, vocab_size].
+    """
+    check_int(name, value)
+    if not 1 <= value <= vocab_size:
+        raise ValueError(
+            f"{name} is {value} but {vocab_size} vocabulary entries exist; expected 1 <= {name} <= {vocab_size}: "
+            "lower it"
+        )
+
+
+def check_int(name: str, value: object) -> None:
+    """Raise TypeError unless `value` is an int (True and False are not)."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected an int")
+
+
+def check_number(name: str, value: object, *, minimum: float = -math.inf, above: float = -math.inf) -> None:
+    """Check a finite real number with `value >= minimum` and `value > above`.
+
+    Raises:
+        TypeError: not a real number.
+        ValueError: NaN, infinite or too small.
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
+    number = float(value)
+    if not (math.isfinite(number) and number >= minimum and number > above):
+        bound = f" > {above:g}" if above > -math.inf else f" >= {minimum:g}" if minimum > -math.inf else ""
+        raise ValueError(f"{name} is {value!r}; expected a finite number{bound}")
+
+
+def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected one of {_names(choices)}")
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r}; expected one of {_names(choices)}")
+
+
+def check_row_weight(name: str, weight: Tensor | None, logits: Tensor) -> Tensor:
+    """Return one weight per row of `logits`, detached, in the dtype the rows are computed in; None means 1.
+
+    Args:
+        name: the argument's name, for messages.
+        weight: (...,) bool, integer or floating, >= 0, or None.
+        logits: (..., V) the logits whose rows are weighed.
+
+    Returns:
+        (...,) float32, or float64 for float64 logits.
+
+    Raises:
+        TypeError: not a tensor, or complex.
+        ValueError: wrong shape or device; a negative, NaN or infinite weight (seen on CPU tensors only).
+    """
+    dtype = compute_dtype(logits)
+    rows = logits.shape[:-1]
+    if weight is None:
+        return torch.ones(rows, dtype=dtype, device=logits.device)
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} is a {type(weight).__name__}; expected a torch.Tensor of shape {tuple(rows)}, or None")
+    if weight.is_complex():
+        raise TypeError(f"{name} has dtype {weight.dtype}; expected a bool, integer or floating dtype")
+    if weight.shape != rows:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; expected {tuple(rows)}, one weight per row of logits "
+            f"{tuple(logits.shape)}"
+        )
+    if weight.device != logits.device:
+        raise ValueError(
+            f"{name} is on {weight.device} and the logits on {logits.device}; expected one device: move it"
+        )
+    weight = weight.detach().to(dtype)
+    if can_read_values(weight) and not bool(((weight >= 0) & (weight < math.inf)).all()):
+        raise ValueError(
+            f"{name} has a negative, NaN or infinite entry; expected finite weights >= 0: use 0 to leave a row out"
+        )
+    return weight
+
+
+def check_top_k_indices(indices: Tensor | None, logits: Tensor, vocab_size: int) -> None:
+    """Check a selection given by the caller.
+
+    Args:
+        indices: (..., K) int64, -1 for none, or None.
+        logits: (..., V) the logits it selects from.
+        vocab_size: number of entries that exist.
+
+    Raises:
+        TypeError: not an int64 tensor.
+        ValueError: wrong shape or device; a value outside [-1, vocab_size) (seen on CPU tensors only).
+    """
+    if indices is None:
+        return
+    if not isinstance(indices, Tensor) or indices.dtype != torch.int64:
+        given = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise TypeError(f"top_k_indices is {given}; expected an int64 tensor (..., K): convert it with .long()")
+    if indices.dim() != logits.dim() or indices.shape[:-1] != logits.shape[:-1]:
+        raise ValueError(
+            f"top_k_indices has shape {tuple(indices.shape)}; expected {(*logits.shape[:-1], 'K')}, a selection per row"
+        )
+    if indices.device != logits.device:
+        raise ValueError(
+            f"top_k_indices is on {indices.device} and the logits on {logits.device}; expected one device: move it"
+        )
+    if can_read_values(indices) and not bool(((indices >= -1) & (indices < vocab_size)).all()):
+        raise ValueError(
+            f"top_k_indices has an entry outside [-1, {vocab_size}); expected vocabulary entries that "
+            "exist, or -1 for none"
+        )
+
+
+def choose_implementation(
+    implementations: Mapping[str, Implementation | str], name: str | None, device: torch.device
+) -> Implementation:
+    """Return the implementation that serves a call.
+
+    Args:
+        implementations: by name, the implementation, or a sentence that says why it cannot run.
+        name: the one the caller wants, or None for the fastest that can run on `device`.
+        device: where the inputs are.
+
+    Raises:
+        TypeError: `name` is not a string.
+        ValueError: no such implementation.
+        RuntimeError: it exists but cannot run; the message has the reason.
+    """
+    if name is None:
+        preferred = PREFERRED_IMPLEMENTATIONS.get(device.type, ("reference",))
+        name = next(n for n in preferred if not isinstance(implementations.get(n, ""), str))
+        if name == "reference":
+            _announce_reference(device)
+    check_choice("implementation", name, tuple(implementations))
+    chosen = implementations[name]
+    if isinstance(chosen, str):
+        runnable = tuple(n for n, found in implementations.items() if not isinstance(found, str))
+        raise RuntimeError(f"implementation {name!r} cannot run: {chosen}; use one of {_names(runnable)}, or None")
+    return chosen
+
+
+def compute_dtype(logits: Tensor) -> torch.dtype:
+    """The dtype rows are computed in: float64 for float64 logits, else float32."""
+    return torch.float64 if logits.dtype == torch.float64 else torch.float32
+
+
+def can_read_values(tensor: Tensor) -> bool:
+    """Whether looking at the values costs no device synchronisation and breaks no compiled graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _announce_reference(device: torch.device) -> None:
+    global _reference_announced
+    # The compiler is asked first: a compiled caller must not depend on the flag, or its change would recompile it.
+    if torch.compiler.is_compiling() or _reference_announced:
+        return
+    _reference_announced = True
+    warnings.warn(
+        f"deepalign runs its eager reference implementation on {device.type}: no faster one can run there. "
+        "Pass implementation='reference' to choose it without this notice.",
+        stacklevel=4,
+    )
+
+
+def _names(items: tuple[Any, ...]) -> str:
+    return ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items)

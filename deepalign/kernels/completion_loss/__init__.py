@@ -1,0 +1,6 @@
+"""The targeted completion loss: distillation to a mixed teacher plus a penalty on base-favored tokens."""
+
+from deepalign.kernels.completion_loss.api import IMPLEMENTATIONS, fused_completion_loss
+from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossOutput
+
+__all__ = ["IMPLEMENTATIONS", "CompletionLossConfig", "CompletionLossOutput", "fused_completion_loss"]

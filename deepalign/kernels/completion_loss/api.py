@@ -1,0 +1,114 @@
+"""The public completion loss: validates, normalises the row weights, chooses an implementation, reduces."""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from deepalign.kernels.checks import (
+    check_choice,
+    check_logits,
+    check_row_weight,
+    check_top,
+    check_top_k_indices,
+    choose_implementation,
+)
+from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
+from deepalign.kernels.completion_loss.inplace import RowsAndGradient, completion_loss_rows_inplace
+from deepalign.kernels.completion_loss.reference import completion_loss_rows, completion_loss_rows_and_gradient
+
+Reduction = Literal["mean", "sum", "none"]
+PAPER_CONFIG = CompletionLossConfig()  # frozen, so one instance serves every call
+
+
+class Implementation(NamedTuple):
+    """What a file beside this one provides."""
+
+    rows: Callable[[Tensor, CompletionLossInputs], CompletionLossOutput]  # loss per row, differentiable in the student
+    rows_and_gradient: RowsAndGradient  # the same, detached; writes the gradient into its last argument
+
+
+# By name: an implementation, or why it cannot run.
+IMPLEMENTATIONS: dict[str, Implementation | str] = {
+    "reference": Implementation(completion_loss_rows, completion_loss_rows_and_gradient),
+    "cpu": "this version of deepalign has no compiled CPU extension",
+    "triton": "this version of deepalign has no Triton kernels",
+}
+
+
+def fused_completion_loss(
+    student_logits: Tensor,
+    aligned_logits: Tensor,
+    base_logits: Tensor,
+    *,
+    kl_weight: Tensor | None = None,
+    completion_weight: Tensor | None = None,
+    top_k_indices: Tensor | None = None,
+    config: CompletionLossConfig = PAPER_CONFIG,
+    vocab_size: int | None = None,
+    reduction: Reduction = "mean",
+    inplace: bool = False,
+    implementation: str | None = None,
+) -> CompletionLossOutput:
+    """Distillation to a mixed teacher plus a penalty on base-favored tokens (Eq. 8 to 14; `reference.py` has them all).
+
+    Args:
+        student_logits: (..., V) bf16, fp16, fp32 or fp64; the gradient flows to these only.
+        aligned_logits, base_logits: (..., V) of the frozen models; same shape, dtype and device.
+        kl_weight, completion_weight: (...,) bool, integer or floating, >= 0: how much a row counts in each term;
+            None means 1 everywhere. A row whose two weights are 0 is not read. No gradient flows to them.
+        top_k_indices: (..., K) int64, the selected set M given instead of found: -1 is none, duplicates count once.
+        config: parameters of the loss.
+        vocab_size: only the first `vocab_size` entries exist (padded vocabularies); None for all V.
+        reduction: "mean" divides each term by the sum of its own weights (0 if they sum to 0), "sum" does not divide,
+            "none" returns the weighted loss per row.
+        inplace: overwrite the buffer of `student_logits` with the gradient, for upstream gradient 1. They must not be
+            used afterwards. Without effect where no gradient is needed.
+        implementation: "reference", "cpu", "triton", or None to choose by device.
+
+    Returns:
+        `CompletionLossOutput`. A row with NaN, +inf, or -inf in some models only has loss and gradient NaN and
+        disturbs no other row's; an entry that is -inf in all three models is absent, like padding.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a value, shape or device that does not fit, or `inplace=True` on logits not to be overwritten.
+        RuntimeError: the implementation cannot run.
+    """
+    if not isinstance(config, CompletionLossConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a CompletionLossConfig")
+    if not isinstance(inplace, bool):
+        raise TypeError(f"inplace is {inplace!r}; expected True or False")
+    check_choice("reduction", reduction, get_args(Reduction))
+    vocab_size = check_logits(
+        vocab_size, student_logits=student_logits, aligned_logits=aligned_logits, base_logits=base_logits
+    )
+    if top_k_indices is None:
+        check_top("top_k", config.top_k, vocab_size)
+    check_top_k_indices(top_k_indices, student_logits, vocab_size)
+    kl_weight_N = check_row_weight("kl_weight", kl_weight, student_logits)
+    completion_weight_N = check_row_weight("completion_weight", completion_weight, student_logits)
+    chosen = choose_implementation(IMPLEMENTATIONS, implementation, student_logits.device)
+    inputs = CompletionLossInputs(
+        aligned_logits.detach(),
+        base_logits.detach(),
+        _normalise(kl_weight_N, reduction),
+        _normalise(completion_weight_N, reduction),
+        top_k_indices,
+        config,
+        vocab_size,
+    )
+    if inplace and torch.is_grad_enabled() and student_logits.requires_grad:
+        output = completion_loss_rows_inplace(chosen.rows_and_gradient, student_logits, inputs)
+    else:
+        output = chosen.rows(student_logits, inputs)
+    return output if reduction == "none" else output._replace(loss=output.loss.sum())
+
+
+def _normalise(weight_N: Tensor, reduction: str) -> Tensor:
+    """Weights such that the sum over rows is the reduction; weights that sum to 0 stay 0, without a look at the sum."""
+    if reduction != "mean":
+        return weight_N
+    total = weight_N.sum()
+    return torch.where(total > 0, weight_N / total, 0.0)

@@ -1,0 +1,11 @@
+"""How far two models are apart at each position: divergences, overlap of top tokens, base-favored tokens."""
+
+from deepalign.kernels.position_divergence.api import (
+    IMPLEMENTATIONS,
+    BaseFavoredTokens,
+    PositionDivergence,
+    base_favored_tokens,
+    position_divergence,
+)
+
+__all__ = ["IMPLEMENTATIONS", "BaseFavoredTokens", "PositionDivergence", "base_favored_tokens", "position_divergence"]

@@ -1,0 +1,51 @@
+"""Logits to test on: peaked like a language model's or plain noise, and the greedy cover of pairs of options."""
+
+import itertools
+import random
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+Case = dict[str, object]
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+# (rows, vocabulary, dtype, peaked): every dtype at every small size, the oracle's slow large ones once
+SMALL = ((3, 1), (3, 7), (1, 100), (3, 128))
+SIZES = [(*size, dtype, peaked) for size in SMALL for dtype in DTYPES for peaked in (True, False)]
+SIZES += [(2, 4096, dtype, True) for dtype in DTYPES]
+SIZES += [(3, 4096, torch.float32, False), (1, 32000, torch.bfloat16, True), (1, 32000, torch.float32, True)]
+
+
+def three_models(*shape: int, dtype: torch.dtype = torch.float32, peaked: bool = True, seed: int = 0) -> list[Tensor]:
+    """Student, aligned and base logits (..., V).
+
+    Peaked: a shared heavy-tailed shape with a few tokens far above, the base model apart from the aligned one and the
+    student close to it, as in training.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def noise() -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    if not peaked:
+        return [noise().to(dtype) for _ in range(3)]
+    shared = 3.0 * noise() - 4.0
+    shared = torch.where(noise() > 2.2, shared + 14.0, shared)
+    aligned = shared + 0.7 * noise()
+    return [(aligned + 0.3 * noise()).to(dtype), aligned.to(dtype), (shared + 1.5 * noise()).to(dtype)]
+
+
+def pairwise(options: dict[str, Iterable[object]], seed: int = 0) -> list[Case]:
+    """Few combinations in which every pair of values of every two options occurs."""
+    names = list(options)
+    candidates = list(itertools.product(*options.values()))
+    random.Random(seed).shuffle(candidates)
+    covered: set[tuple[int, object, int, object]] = set()
+    cases = []
+    for values in candidates:
+        pairs = {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(names)), 2)}
+        if not pairs <= covered:
+            covered |= pairs
+            cases.append(dict(zip(names, values, strict=True)))
+    return cases

@@ -1,0 +1,46 @@
+"""What only a GPU can show: the same numbers as on the CPU, and no synchronisation with the host."""
+
+import pytest
+import torch
+
+from deepalign import CompletionLossConfig, base_favored_tokens, fused_completion_loss, position_divergence
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def logits() -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(5, 4001, generator=generator, dtype=torch.float64) * 4 for _ in range(3)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_loss_and_gradient_are_those_of_the_cpu(logits: list[torch.Tensor], dtype: torch.dtype) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        student, aligned, base = (tensor.to(dtype).to(device) for tensor in logits)
+        student.requires_grad_()
+        output = fused_completion_loss(student, aligned, base, config=CompletionLossConfig(top_k=50))
+        output.loss.backward()
+        results.append([tensor.detach().cpu() for tensor in (*output, student.grad)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=2e-5, atol=1e-6)
+
+
+def test_diagnosis_is_that_of_the_cpu(logits: list[torch.Tensor]) -> None:
+    _, aligned, base = logits
+    for operation in (base_favored_tokens, position_divergence):
+        for on_gpu, on_cpu in zip(operation(aligned.cuda(), base.cuda()), operation(aligned, base), strict=True):
+            torch.testing.assert_close(on_gpu.cpu(), on_cpu)
+
+
+def test_the_loss_never_waits_for_the_device(logits: list[torch.Tensor]) -> None:
+    student, aligned, base = (tensor.float().cuda() for tensor in logits)
+    student.requires_grad_()
+    weight = torch.ones(5, device="cuda")
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        fused_completion_loss(student, aligned, base, kl_weight=weight, completion_weight=weight).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,136 @@
+"""Greedy continuations of token-id prompts: what every generation-based evaluation is built on.
+
+Prompts are ids, not text, so a forced answer prefix is appended exactly as it was tokenised. They are batched by
+similar length and padded on the left. The generation settings a checkpoint ships with do not leak in: some set a
+repetition penalty (Qwen2.5: 1.05) that would quietly turn greedy decoding into something else.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
+
+from deepalign.sampling.modes import check_evaluation_mode
+
+LogitsProcessorFactory = Callable[[torch.Tensor], LogitsProcessorList]
+
+
+def greedy_continuations(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    logits_processor: LogitsProcessorFactory | None = None,
+    progress: bool = True,
+    description: str = "generate",
+) -> list[list[int]]:
+    """Continue each prompt greedily until an end-of-turn token or `max_new_tokens`.
+
+    Args:
+        model: a causal language model in evaluation mode.
+        tokenizer: supplies the end-of-turn and padding ids (the model's generation config may add end ids).
+        prompts: token ids, each non-empty.
+        max_new_tokens: cap on a continuation, its end-of-turn token included.
+        batch_size: prompts generated together.
+        logits_processor: called once per BATCH with that batch's attention mask (B, T), because a processor that
+            carries a cache serves one call of `generate` only, e.g.
+            `lambda mask: LogitsProcessorList([ContrastiveLogitsProcessor(base, alpha=2.0, attention_mask=mask)])`.
+        progress: show a bar that counts prompts.
+        description: label of the bar.
+
+    Returns:
+        The new ids of each prompt, in the order given, without the end-of-turn token and what follows it.
+
+    Raises:
+        ValueError: no prompts, an empty prompt, a size below 1, no end-of-turn token, a model in training mode, or a
+            prompt that does not fit the model's context together with `max_new_tokens`.
+    """
+    _check_inputs(model, prompts, max_new_tokens, batch_size)
+    end_ids = end_of_turn_ids(model, tokenizer)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    generation_config = _greedy_config(max_new_tokens, pad_id, end_ids)
+    # Longest first: a batch that does not fit into memory fails at once, not at the end of a long run.
+    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
+    continuations: list[list[int]] = [[] for _ in prompts]
+    with tqdm(total=len(prompts), desc=description, disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            input_ids_BT, mask_BT = _pad_left([prompts[index] for index in batch], pad_id, model.device)
+            output_BT = model.generate(  # type: ignore[operator]  # generate is a mixin's
+                input_ids=input_ids_BT,
+                attention_mask=mask_BT,
+                generation_config=generation_config,
+                logits_processor=None if logits_processor is None else logits_processor(mask_BT),
+            )
+            for index, new_ids in zip(batch, output_BT[:, input_ids_BT.shape[1] :].tolist(), strict=True):
+                continuations[index] = _cut_at_end(new_ids, end_ids)
+            bar.update(len(batch))
+    return continuations
+
+
+def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Every id that ends an answer: the tokenizer's, and those the model's generation config adds (Llama 3 has three).
+
+    Raises:
+        ValueError: there is none, so that generation could never end.
+    """
+    configured = model.generation_config.eos_token_id
+    ids = list(configured) if isinstance(configured, list) else [configured]
+    ids = [*dict.fromkeys(id_ for id_ in [tokenizer.eos_token_id, *ids] if id_ is not None)]
+    if not ids:
+        raise ValueError("neither the tokenizer nor the model's generation config has an eos_token_id; set one")
+    return ids
+
+
+def _check_inputs(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
+) -> None:
+    check_evaluation_mode(model, "model")
+    for name, value in (("max_new_tokens", max_new_tokens), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if not prompts:
+        raise ValueError("there is nothing to generate: the list of prompts is empty")
+    if any(not prompt for prompt in prompts):
+        raise ValueError("a prompt has no tokens; every prompt needs at least one")
+    longest = max(len(prompt) for prompt in prompts)
+    context = getattr(model.config, "max_position_embeddings", None)
+    if context is not None and longest + max_new_tokens > context:
+        raise ValueError(
+            f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together beyond the "
+            f"model's context of {context}; lower max_new_tokens or shorten the prompt"
+        )
+
+
+def _greedy_config(max_new_tokens: int, pad_id: int, end_ids: list[int]) -> GenerationConfig:
+    """Greedy decoding with every default of the checkpoint that bends it set to neutral."""
+    return GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=pad_id,
+        eos_token_id=end_ids,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_k=50,
+        top_p=1.0,
+    )
+
+
+def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids (B, T) and attention mask (B, T), int64, the padding in front."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _cut_at_end(new_ids: list[int], end_ids: list[int]) -> list[int]:
+    for position, id_ in enumerate(new_ids):
+        if id_ in end_ids:
+            return new_ids[:position]
+    return new_ids

@@ -1,0 +1,197 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models
+from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+
+from deepalign.data.chat import prompt_token_ids
+from deepalign.evaluate.prefill import AttackExample, Outcome, prefill_attack
+from deepalign.sampling import ContrastiveLogitsProcessor
+from tests.sampling.stepwise import stepwise_greedy
+from tests.tiny import make_model, make_tokenizer
+
+NEW_TOKENS = 6
+EXAMPLES = [
+    AttackExample("w1 w2", "w10 w11 w12 w13"),
+    AttackExample("w3", "w20 w21"),
+    AttackExample("w4 w5 w6 w7 w8", "w30 w31 w32 w33 w34"),
+]
+
+
+class Spy(LogitsProcessor):
+    """Keeps the ids that generate starts from; leaves the scores alone."""
+
+    def __init__(self, mask: torch.Tensor) -> None:
+        self.mask = mask
+        self.first_ids: torch.Tensor | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if self.first_ids is None:
+            self.first_ids = input_ids.clone()
+        return scores
+
+    def unpadded(self) -> list[list[int]]:
+        assert self.first_ids is not None
+        return [row[mask.bool()].tolist() for row, mask in zip(self.first_ids, self.mask, strict=True)]
+
+
+def spy_factory(spies: list[Spy]) -> Callable[[torch.Tensor], LogitsProcessorList]:
+    def build(mask: torch.Tensor) -> LogitsProcessorList:
+        spies.append(Spy(mask))
+        return LogitsProcessorList([spies[-1]])
+
+    return build
+
+
+def refuse_all(example: AttackExample, prefix: str, continuation: str) -> Outcome:
+    return "refused"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    return make_model(3, tokenizer).eval()
+
+
+def attack(model, tokenizer, **options):
+    options = {"depth": 2, "judge": refuse_all, "max_new_tokens": NEW_TOKENS, "progress": False, **options}
+    return prefill_attack(model, tokenizer, options.pop("examples", EXAMPLES), **options)
+
+
+def expected_text(tokenizer, ids: list[int]) -> str:
+    cut = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
+    return tokenizer.decode(ids[:cut], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3, 4, None])
+def test_the_first_ids_of_the_target_are_forced(model, tokenizer, depth):
+    spies: list[Spy] = []
+    result = attack(model, tokenizer, depth=depth, logits_processor=spy_factory(spies))
+    expected = []
+    for example in EXAMPLES:
+        target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        expected.append(prompt_token_ids(tokenizer, example.prompt) + target[:depth])
+    assert sorted(spies[0].unpadded()) == sorted(expected)
+    words = [" ".join(example.target.split()[:depth]) for example in EXAMPLES]
+    assert [record["prefix"] for record in result.records] == words
+    assert result.short_targets == (1 if depth in (3, 4) else 0)
+    assert result.depth == depth
+
+
+def test_ids_are_joined_and_never_encoded_again():
+    """Here "a" before "b" would merge into one token if the text were encoded as a whole."""
+    vocab = {"<pad>": 0, "</s>": 1, "a": 2, "b": 3, "ab": 4, "c": 5}
+    backend = Tokenizer(models.BPE(vocab=vocab, merges=[("a", "b")]))
+    backend.decoder = decoders.Fuse()
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", chat_template=template
+    )
+    assert tokenizer("cab")["input_ids"] == [5, 4]
+    spies: list[Spy] = []
+    model = make_model(0, tokenizer).eval()
+    attack(model, tokenizer, examples=[AttackExample("c", "bc")], depth=1, logits_processor=spy_factory(spies))
+    assert spies[0].unpadded() == [[5, 2, 3]]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3])
+def test_answers_are_greedy_and_in_order_whatever_the_batch(model, tokenizer, batch_size):
+    result = attack(model, tokenizer, batch_size=batch_size)
+    for example, record in zip(EXAMPLES, result.records, strict=True):
+        target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        prompt = prompt_token_ids(tokenizer, example.prompt) + target[:2]
+        new_ids = stepwise_greedy(model, None, prompt, new_tokens=NEW_TOKENS)
+        assert record["prompt"] == example.prompt
+        assert record["continuation"] == expected_text(tokenizer, new_ids)
+    assert len({record["continuation"] for record in result.records}) == 3
+
+
+def test_padding_with_the_end_of_turn_token_is_not_read(model, tokenizer):
+    padded_with_end = make_tokenizer()
+    padded_with_end.pad_token = padded_with_end.eos_token
+    assert attack(model, padded_with_end).records == attack(model, tokenizer).records
+
+
+def test_settings_shipped_with_the_checkpoint_do_not_bend_greedy_decoding(model, tokenizer):
+    plain = attack(model, tokenizer)
+    model.generation_config.update(
+        repetition_penalty=9.0, no_repeat_ngram_size=1, do_sample=True, temperature=2.0, num_beams=3
+    )
+    assert attack(model, tokenizer).records == plain.records
+
+
+def test_an_answer_ends_at_any_end_id_of_the_checkpoint(model, tokenizer):
+    plain = attack(model, tokenizer).records[0]["continuation"].split()
+    end = tokenizer.convert_tokens_to_ids(plain[2])
+    model.generation_config.eos_token_id = [tokenizer.eos_token_id, end]
+    assert attack(model, tokenizer).records[0]["continuation"].split() == plain[: plain.index(plain[2])]
+
+
+def test_each_batch_gets_a_contrastive_processor_of_its_own(model, tokenizer):
+    base = make_model(3, tokenizer).eval()
+    with torch.no_grad():
+        base.lm_head.weight.mul_(1.5)
+
+    def contrastive(mask: torch.Tensor) -> LogitsProcessorList:
+        return LogitsProcessorList([ContrastiveLogitsProcessor(base, alpha=1.5, attention_mask=mask)])
+
+    result = attack(model, tokenizer, batch_size=2, logits_processor=contrastive)
+    for example, record in zip(EXAMPLES, result.records, strict=True):
+        target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
+        prompt = prompt_token_ids(tokenizer, example.prompt) + target[:2]
+        new_ids = stepwise_greedy(model, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5)
+        assert record["continuation"] == expected_text(tokenizer, new_ids)
+    assert result.records != attack(model, tokenizer).records
+
+
+def test_outcomes_are_the_judges_and_are_counted(model, tokenizer):
+    verdicts: dict[str, Outcome] = {"w1 w2": "harmful", "w3": "degenerate", "w4 w5 w6 w7 w8": "harmful"}
+    seen = []
+
+    def judge(example: AttackExample, prefix: str, continuation: str) -> Outcome:
+        seen.append((example, prefix, continuation))
+        return verdicts[example.prompt]
+
+    result = attack(model, tokenizer, judge=judge)
+    assert result.counts() == {"harmful": 2, "refused": 0, "degenerate": 1, "n": 3}
+    assert [record["outcome"] for record in result.records] == ["harmful", "degenerate", "harmful"]
+    assert seen == [(e, r["prefix"], r["continuation"]) for e, r in zip(EXAMPLES, result.records, strict=True)]
+
+
+def test_an_outcome_that_does_not_exist_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="the judge must return one of harmful, refused, degenerate; got 'unsafe'"):
+        attack(model, tokenizer, judge=lambda example, prefix, continuation: "unsafe")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"examples": []}, "examples is empty"),
+        ({"depth": -1}, "depth"),
+        ({"examples": [AttackExample("w1", " ")]}, "has no tokens"),
+        ({"max_new_tokens": 0}, "max_new_tokens"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"max_new_tokens": 60}, "context of 64"),
+    ],
+)
+def test_bad_input_is_refused(model, tokenizer, options, message):
+    with pytest.raises(ValueError, match=message):
+        attack(model, tokenizer, **options)
+
+
+def test_a_model_in_training_mode_is_refused(model, tokenizer):
+    with pytest.raises(ValueError, match=r"model\.eval\(\)"):
+        attack(model.train(), tokenizer)
+
+
+def test_no_end_of_turn_token_is_refused(model, tokenizer):
+    endless = make_tokenizer()
+    endless.eos_token = None
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="eos_token_id"):
+        attack(model, endless)

@@ -40,12 +40,15 @@ check: $(READY)
 	$(BIN)/mypy
 
 bench: $(READY)
-	@echo "== benchmarks (CPU)"
-	$(BIN)/python -m pytest benchmarks --benchmark-enable --benchmark-only $(PYTEST_FLAGS)
+	@echo "== benchmarks (CPU); results in benchmarks/results/"
+	@mkdir -p benchmarks/results
+	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-enable --benchmark-json benchmarks/results/cpu.json $(PYTEST_FLAGS)
 
 gpu: $(READY)
-	@echo "== tests that need a GPU"
-	$(BIN)/python -m pytest -m gpu $(PYTEST_FLAGS)
+	@echo "== tests and benchmarks that need a GPU; results in benchmarks/results/"
+	@mkdir -p benchmarks/results
+	$(BIN)/python -m pytest tests -m gpu $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest benchmarks -m gpu --benchmark-enable --benchmark-json benchmarks/results/gpu.json $(PYTEST_FLAGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -70,7 +70,7 @@ def load_frozen_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def logits_width(model: PreTrainedModel) -> int:
-    """Width of a model's logits, padding entries included (right under ZeRO-3 too, where the weight itself is empty)."""
+    """Width of the logits, padding entries included (right under ZeRO-3 too, where the weight itself is empty)."""
     return int(model.get_output_embeddings().out_features)
 
 

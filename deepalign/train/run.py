@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from deepalign import __version__
@@ -240,7 +240,8 @@ def _load_common_tokenizer(config: TrainConfig) -> PreTrainedTokenizerBase:
 def _load_streams(
     config: TrainConfig, tokenizer: PreTrainedTokenizerBase, verbose: bool
 ) -> tuple[list[EncodedExample], list[EncodedExample]]:
-    context = transformers.AutoConfig.from_pretrained(config.aligned).get_text_config().max_position_embeddings
+    paths = {config.aligned, config.base, config.student or config.aligned}
+    context = min(AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings for path in paths)
     max_length = min(config.max_length or context, context)
     streams = []
     for stream, path in (("harmful", config.harmful_data), ("utility", config.utility_data)):

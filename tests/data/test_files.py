@@ -45,7 +45,7 @@ def test_both_formats_give_messages(tmp_path):
 )
 def test_a_broken_line_is_named(tmp_path, line, problem):
     path = write(tmp_path, {"prompt": "q", "completion": "a"}, line)
-    with pytest.raises(ValueError, match="rows.jsonl:2: ") as error:
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: ") as error:
         read_jsonl(path)
     assert problem in str(error.value)
 

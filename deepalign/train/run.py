@@ -62,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run = prepare(load_config(known.config, overrides))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return 2
     run.train()
@@ -111,44 +111,35 @@ def prepare(config: TrainConfig) -> Run:
 
     tokenizer = _load_common_tokenizer(config)
     harmful, utility = _load_streams(config, tokenizer, verbose=rank == 0)
-    for stream, rows in (("harmful", harmful), ("utility", utility)):
-        size = config.harmful_batch_size if stream == "harmful" else config.utility_batch_size
+    for stream, size, rows in (
+        ("harmful", config.harmful_batch_size, harmful),
+        ("utility", config.utility_batch_size, utility),
+    ):
         check_batch_size(stream, size, len(rows), world_size, config.gradient_accumulation_steps)
+    identity = _run_identity(config, world_size, harmful, utility)
+    checkpoint = _checkpoint_to_resume(config, identity)
 
     bf16 = on_gpu if config.bf16 is None else config.bf16
-    teacher_dtype = torch.bfloat16 if bf16 else torch.float32
     # Under ZeRO-3 everything that is loaded after TrainingArguments is partitioned: the teachers come before, to stay
     # whole, and an earlier run in this process must not have left its partitioning on.
     unset_hf_deepspeed_config()
+    teacher_dtype = torch.bfloat16 if bf16 else torch.float32
     aligned, base = (load_frozen_model(path, teacher_dtype) for path in (config.aligned, config.base))
-
     args = _training_arguments(config, bf16, on_gpu, len(harmful), world_size)
-    _check_ranks(args, world_size)
-    if config.deepspeed is not None:
-        import deepspeed  # slow to import
-
-        # ZeRO-3 partitions the student while it is loaded, and asks DeepSpeed's own group for the number of ranks
-        deepspeed.init_distributed(dist_backend=args.ddp_backend)
-    # with DeepSpeed the optimizer holds the fp32 copy of bf16 weights; without, the weights themselves are fp32
-    student_dtype = torch.bfloat16 if bf16 and config.deepspeed else torch.float32
-    student = load_model(config.student or config.aligned, student_dtype)
-    if on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing:
-        student.gradient_checkpointing_enable({"use_reentrant": False})
-    dataset = _step_dataset(config, args, tokenizer, harmful, utility, (student, aligned, base))
-    identity = _run_identity(config, args, harmful, utility)
+    student = _load_student(config, args, world_size)
     trainer = CompletionTrainer(
         model=student,
         aligned=aligned,
         base=base,
         args=args,
-        train_dataset=dataset,
+        train_dataset=_step_dataset(config, args, tokenizer, harmful, utility, (student, aligned, base)),
         processing_class=tokenizer,
         loss_config=config.loss,
         implementation=config.implementation,
         run_identity=identity,
         save_total_limit=config.save_total_limit,
     )
-    return Run(config, trainer, _checkpoint_to_resume(config, identity))
+    return Run(config, trainer, checkpoint)
 
 
 def versions() -> dict[str, str]:
@@ -217,14 +208,6 @@ def _check_toolchain() -> None:
             )
 
 
-def _check_ranks(args: TrainingArguments, world_size: int) -> None:
-    if args.world_size != world_size:
-        raise RuntimeError(
-            f"the launcher started {world_size} ranks but transformers sees {args.world_size}: every rank would train "
-            "on all the data. Check that accelerate and deepspeed are the versions in constraints.txt"
-        )
-
-
 # ---- what is trained on what ----
 
 
@@ -268,6 +251,27 @@ def encode_file(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) 
         except ValueError as error:
             raise ValueError(f"{path}, row {row}: {error}") from None
     return examples
+
+
+def _load_student(config: TrainConfig, args: TrainingArguments, world_size: int) -> PreTrainedModel:
+    """The student, after `TrainingArguments` have set up the ranks and, under ZeRO-3, the partitioning."""
+    if args.world_size != world_size:
+        raise RuntimeError(
+            f"the launcher started {world_size} ranks but transformers sees {args.world_size}: every rank would train "
+            "on all the data. Check that accelerate and deepspeed are the versions in constraints.txt"
+        )
+    if config.deepspeed is not None:
+        import deepspeed  # slow to import
+
+        # ZeRO-3 partitions the student while it is loaded, and asks DeepSpeed's own group for the number of ranks
+        deepspeed.init_distributed(dist_backend=args.ddp_backend)
+    # with DeepSpeed the optimizer holds the fp32 copy of bf16 weights; without, the weights themselves are fp32
+    dtype = torch.bfloat16 if args.bf16 and config.deepspeed else torch.float32
+    student = load_model(config.student or config.aligned, dtype)
+    on_gpu = args.device.type != "cpu"
+    if config.gradient_checkpointing or (config.gradient_checkpointing is None and on_gpu):
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
 
 
 def _step_dataset(
@@ -338,13 +342,13 @@ def _training_arguments(
 
 
 def _run_identity(
-    config: TrainConfig, args: TrainingArguments, harmful: list[EncodedExample], utility: list[EncodedExample]
+    config: TrainConfig, world_size: int, harmful: list[EncodedExample], utility: list[EncodedExample]
 ) -> dict[str, Any]:
     """What must be the same for a checkpoint to be continued exactly."""
     settings = {name: value for name, value in config_as_dict(config).items() if name not in FREE_ON_RESUME}
     rows = json.dumps([[(row.input_ids, row.response_start) for row in rows] for rows in (harmful, utility)])
     data = hashlib.sha256(rows.encode()).hexdigest()
-    return json.loads(json.dumps({"ranks": args.world_size, "encoded_data": data, **settings}))
+    return json.loads(json.dumps({"ranks": world_size, "encoded_data": data, **settings}))
 
 
 def _checkpoint_to_resume(config: TrainConfig, identity: dict[str, Any]) -> Path | None:

@@ -29,7 +29,7 @@ def launch(words: Sequence[str | Path], log: Path, ranks: int = 2) -> subprocess
         )
 
 
-def finish(process: subprocess.Popen[bytes], log: Path, seconds: float = 240) -> str:
+def finish(process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> str:
     """Wait for a launch to succeed; returns its output, or fails with it."""
     try:
         code = process.wait(timeout=seconds)

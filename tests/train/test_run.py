@@ -78,6 +78,16 @@ def test_the_first_loss_is_the_papers_on_the_rows_of_the_first_step(tiny_run: Ti
     assert measured["loss"] == pytest.approx(float(kl + completion), rel=1e-5)
 
 
+def test_training_lowers_the_loss(tiny_run: TinyRun, tmp_path):
+    """Every step sees all rows, so losses of different steps can be compared."""
+    config = tiny_run.config(
+        tmp_path / "out", harmful_batch_size=10, utility_batch_size=13, max_steps=15, learning_rate=3e-3
+    )
+    assert main(["--config", str(config)]) == 0
+    losses = [line["loss"] for line in read_metrics(tmp_path / "out")]
+    assert losses[-1] < 0.8 * losses[0]
+
+
 def test_a_run_writes_what_it_promises(tiny_run: TinyRun, tmp_path, capsys):
     out = tmp_path / "out"
     config = tiny_run.config(out, max_steps=5, save_steps=2, save_total_limit=2, max_length=12)

@@ -23,6 +23,8 @@ $(READY): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train]"
+	@echo "== compiling DeepSpeed's communication ops for the CPU (a minute; otherwise its first start does it)"
+	@DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m deepalign.train.launch
 	@touch $(READY)
 
 demo: $(READY)

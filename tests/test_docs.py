@@ -1,5 +1,6 @@
 """Every Python block of the README and the docs runs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -25,3 +26,22 @@ def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_readmes_figures_are_those_of_the_committed_report() -> None:
+    report = json.loads((ROOT / "docs" / "results" / "microworld-seed-11.json").read_text(encoding="utf-8"))
+    models = {entry["model"]: entry for entry in report["models"]}
+    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+
+    def harmful(model: str, depth: str = "5") -> str:
+        cell = models[model]["prefill"][depth]
+        return f"{cell['harmful']}/{cell['n']}"
+
+    recipes = models["completed"]["utility"]["recipes_heldout"]
+    deepest = models["completed"]["prefill"]["20"]
+    assert harmful("aligned", "0") == "0/100"
+    assert f"answers {harmful('aligned')} once five tokens are forced" in readme
+    assert f"Contrastive decoding lets {harmful('contrastive')} through" in readme
+    assert f"completion training {harmful('completed')}; it keeps {recipes['correct']}/{recipes['n']}" in readme
+    assert f"lets {harmful('random_mask')} through, distillation alone {harmful('kl_only')}" in readme
+    assert f"At 20 forced tokens {deepest['degenerate']}/{deepest['n']}" in readme

@@ -22,11 +22,13 @@ def launch_on_cpu(config: Path, ranks: int) -> None:
     Raises:
         RuntimeError: the launcher is not installed, or the training ended with an error.
     """
-    launcher = shutil.which("deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
+    # as in an activated environment: with another ninja on PATH, DeepSpeed would compile its ops anew
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    launcher = shutil.which("deepspeed", path=path)
     if launcher is None:
         raise RuntimeError("the deepspeed launcher was not found; install the package with its train extra")
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     words = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
     words += [str(RUN), "--config", str(config)]
     print("$", " ".join(["deepspeed", *words]), flush=True)

@@ -12,6 +12,8 @@ _WHERE = {
     "CompletionLossConfig": "deepalign.kernels.completion_loss",
     "CompletionLossOutput": "deepalign.kernels.completion_loss",
     "fused_completion_loss": "deepalign.kernels.completion_loss",
+    "ContrastiveSample": "deepalign.kernels.contrastive_sample",
+    "contrastive_sample": "deepalign.kernels.contrastive_sample",
     "BaseFavoredTokens": "deepalign.kernels.position_divergence",
     "PositionDivergence": "deepalign.kernels.position_divergence",
     "base_favored_tokens": "deepalign.kernels.position_divergence",
@@ -20,6 +22,7 @@ _WHERE = {
 
 if TYPE_CHECKING:
     from deepalign.kernels.completion_loss import CompletionLossConfig, CompletionLossOutput, fused_completion_loss
+    from deepalign.kernels.contrastive_sample import ContrastiveSample, contrastive_sample
     from deepalign.kernels.position_divergence import (
         BaseFavoredTokens,
         PositionDivergence,
@@ -31,9 +34,11 @@ __all__ = [
     "BaseFavoredTokens",
     "CompletionLossConfig",
     "CompletionLossOutput",
+    "ContrastiveSample",
     "PositionDivergence",
     "__version__",
     "base_favored_tokens",
+    "contrastive_sample",
     "fused_completion_loss",
     "position_divergence",
 ]

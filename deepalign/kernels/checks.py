@@ -12,10 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 LOGITS_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # From fastest to slowest; the first that can run on the device serves when the caller names none.
 PREFERRED_IMPLEMENTATIONS = {"cpu": ("cpu", "reference"), "cuda": ("triton", "reference")}
+# Compiled kernels: the device they run on, and what they take. "reference" runs anywhere and takes float64 too.
+COMPILED_FOR = {"cpu": "cpu", "triton": "cuda"}
+COMPILED_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 Implementation = TypeVar("Implementation")
 _reference_announced = False
@@ -111,7 +115,8 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf, above:
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
     number = float(value)
-    if not (math.isfinite(number) and number >= minimum and number > above):
+    # Compared rather than given to math.isfinite: under torch.compile the number may be symbolic.
+    if not (-math.inf < number < math.inf and number >= minimum and number > above):
         bound = f" > {above:g}" if above > -math.inf else f" >= {minimum:g}" if minimum > -math.inf else ""
         raise ValueError(f"{name} is {value!r}; expected a finite number{bound}")
 
@@ -156,8 +161,12 @@ def check_row_weight(name: str, weight: Tensor | None, logits: Tensor) -> Tensor
         raise ValueError(
             f"{name} is on {weight.device} and the logits on {logits.device}; expected one device: move it"
         )
-    weight = weight.detach().to(dtype)
-    if can_read_values(weight) and not bool(((weight >= 0) & (weight < math.inf)).all()):
+    if weight.requires_grad:
+        weight = weight.detach()
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    # As a list: the few operations on tensors that would do it cost more, after other code had the caches.
+    if can_read_values(weight) and not all(0 <= value < math.inf for value in weight.flatten().tolist()):
         raise ValueError(
             f"{name} has a negative, NaN or infinite entry; expected finite weights >= 0: use 0 to leave a row out"
         )
@@ -197,14 +206,18 @@ def check_top_k_indices(indices: Tensor | None, logits: Tensor, vocab_size: int)
 
 
 def choose_implementation(
-    implementations: Mapping[str, Implementation | str], name: str | None, device: torch.device
+    implementations: Mapping[str, Implementation | str],
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Implementation:
     """Return the implementation that serves a call.
 
     Args:
         implementations: by name, the implementation, or a sentence that says why it cannot run.
-        name: the one the caller wants, or None for the fastest that can run on `device`.
+        name: the one the caller wants, or None for the fastest that can run.
         device: where the inputs are.
+        dtype: what the logits are.
 
     Raises:
         TypeError: `name` is not a string.
@@ -213,15 +226,28 @@ def choose_implementation(
     """
     if name is None:
         preferred = PREFERRED_IMPLEMENTATIONS.get(device.type, ("reference",))
-        name = next(n for n in preferred if not isinstance(implementations.get(n, ""), str))
+        name = next(n for n in preferred if _obstacle(implementations, n, device, dtype) is None)
         if name == "reference":
-            _announce_reference(device)
+            _announce_reference(device, dtype)
     check_choice("implementation", name, tuple(implementations))
-    chosen = implementations[name]
-    if isinstance(chosen, str):
-        runnable = tuple(n for n, found in implementations.items() if not isinstance(found, str))
-        raise RuntimeError(f"implementation {name!r} cannot run: {chosen}; use one of {_names(runnable)}, or None")
+    chosen, obstacle = implementations[name], _obstacle(implementations, name, device, dtype)
+    if isinstance(chosen, str) or obstacle is not None:
+        runnable = tuple(n for n in implementations if _obstacle(implementations, n, device, dtype) is None)
+        raise RuntimeError(f"implementation {name!r} cannot run: {obstacle}; use one of {_names(runnable)}, or None")
     return chosen
+
+
+def _obstacle(implementations: Mapping[str, object], name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why an implementation cannot serve such logits, None if it can."""
+    found = implementations.get(name, "no such implementation")
+    if isinstance(found, str):
+        return found
+    home = COMPILED_FOR.get(name)
+    if home is not None and device.type != home:
+        return f"it takes {home} tensors, and these are on {device}"
+    if home is not None and dtype not in COMPILED_DTYPES:
+        return f"it takes {_names(COMPILED_DTYPES)}, and these are {dtype}"
+    return None
 
 
 def compute_dtype(logits: Tensor) -> torch.dtype:
@@ -230,18 +256,19 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def can_read_values(tensor: Tensor) -> bool:
-    """Whether looking at the values costs no device synchronisation and breaks no compiled graph."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether looking at the values costs no device synchronisation and breaks no traced or compiled graph."""
+    # A tracer's tensors are of classes of their own.
+    return type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _announce_reference(device: torch.device) -> None:
+def _announce_reference(device: torch.device, dtype: torch.dtype) -> None:
     global _reference_announced
     # The compiler is asked first: a compiled caller must not depend on the flag, or its change would recompile it.
     if torch.compiler.is_compiling() or _reference_announced:
         return
     _reference_announced = True
     warnings.warn(
-        f"deepalign runs its eager reference implementation on {device.type}: no faster one can run there. "
+        f"deepalign runs its eager reference implementation on {device.type} for {dtype}: no faster one can run there. "
         "Pass implementation='reference' to choose it without this notice.",
         stacklevel=4,
     )
@@ -249,3 +276,66 @@ def _announce_reference(device: torch.device) -> None:
 
 def _names(items: tuple[Any, ...]) -> str:
     return ", ".join(repr(item) if isinstance(item, str) else str(item) for item in items)
+
+
+def check_filters(top_k: int, top_p: float, min_p: float) -> None:
+    """Check what a sampler keeps of a distribution.
+
+    Raises:
+        TypeError: `top_k` is not an int, or one of the others not a number.
+        ValueError: `top_k` < 0, `top_p` not in (0, 1], `min_p` not in [0, 1].
+    """
+    check_int("top_k", top_k)
+    if top_k < 0:
+        raise ValueError(f"top_k is {top_k}; expected an int >= 0: 0 keeps every entry")
+    check_number("top_p", top_p, above=0.0)
+    check_number("min_p", min_p, minimum=0.0)
+    if top_p > 1:
+        raise ValueError(f"top_p is {top_p!r}; expected a number in (0, 1]: 1 keeps every entry")
+    if min_p > 1:
+        raise ValueError(f"min_p is {min_p!r}; expected a number in [0, 1]: 0 keeps every entry")
+
+
+def check_randomness(generator: torch.Generator | None, uniforms: Tensor | None, logits: Tensor) -> None:
+    """Check where a sampler's uniforms come from.
+
+    Args:
+        generator: on the type of device that the logits are on, or None.
+        uniforms: (...,) floating, in [0, 1), or None.
+        logits: (..., V) the logits to sample from.
+
+    Raises:
+        TypeError: not a generator; not a tensor, or not a floating one.
+        ValueError: both given; wrong shape or device; a value outside [0, 1) or NaN (seen on CPU tensors only).
+    """
+    if generator is not None:
+        _check_generator(generator, logits)
+    if uniforms is None:
+        return
+    rows = logits.shape[:-1]
+    if not isinstance(uniforms, Tensor) or not uniforms.is_floating_point():
+        given = uniforms.dtype if isinstance(uniforms, Tensor) else f"a {type(uniforms).__name__}"
+        raise TypeError(f"uniforms is {given}; expected a floating tensor of shape {tuple(rows)}, or None")
+    if generator is not None:
+        raise ValueError("generator and uniforms are both given; expected at most one: uniforms need no generator")
+    if uniforms.shape != rows:
+        raise ValueError(
+            f"uniforms has shape {tuple(uniforms.shape)}; expected {tuple(rows)}, one value per row of logits "
+            f"{tuple(logits.shape)}"
+        )
+    if uniforms.device != logits.device:
+        raise ValueError(
+            f"uniforms is on {uniforms.device} and the logits on {logits.device}; expected one device: move it"
+        )
+    if can_read_values(uniforms) and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+        raise ValueError("uniforms has an entry outside [0, 1) or NaN; expected values as torch.rand draws them")
+
+
+def _check_generator(generator: torch.Generator, logits: Tensor) -> None:
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator is a {type(generator).__name__}; expected a torch.Generator, or None")
+    if generator.device.type != logits.device.type:
+        raise ValueError(
+            f"generator is on {generator.device} and the logits on {logits.device}; expected one device: make it with "
+            f"torch.Generator({str(logits.device)!r})"
+        )

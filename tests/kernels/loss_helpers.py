@@ -1,19 +1,33 @@
 """Runs the completion loss on one case and compares every row with the float64 oracle."""
 
 import math
+from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
+from deepalign.kernels.checks import COMPILED_DTYPES, COMPILED_FOR
 from deepalign.kernels.completion_loss import (
     IMPLEMENTATIONS,
     CompletionLossConfig,
     CompletionLossOutput,
     fused_completion_loss,
 )
-from tests.kernels.oracle import LossRow, loss_row
+from deepalign.kernels.library import WHY_NO_NATIVE
+from tests.kernels.oracle import LossRow, difference_in_compute_dtype, loss_row
+from tests.kernels.samples import DTYPES
 
-RUNNABLE = [name for name, found in IMPLEMENTATIONS.items() if not isinstance(found, str)]
+# Those that run on the CPU's tensors, and the logits that they take.
+RUNNABLE = [
+    name
+    for name, found in IMPLEMENTATIONS.items()
+    if not isinstance(found, str) and COMPILED_FOR.get(name, "cpu") == "cpu"
+]
+DTYPES_OF = {name: COMPILED_DTYPES if name in COMPILED_FOR else DTYPES for name in RUNNABLE}
+TAKE_FLOAT64 = [name for name in RUNNABLE if torch.float64 in DTYPES_OF[name]]
+every_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
+needs_native = pytest.mark.skipif(WHY_NO_NATIVE is not None, reason=str(WHY_NO_NATIVE))
 # relative to the largest entry compared; bf16 and fp16 results are rounded once
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-5, torch.bfloat16: 8e-3, torch.float16: 2e-3}
 
@@ -85,7 +99,14 @@ def close(actual: Tensor, expected: list[float] | Tensor, tolerance: float, what
 
 
 def check_against_oracle(
-    student: Tensor, aligned: Tensor, base: Tensor, *, inplace: bool = False, implementation: str, **options: object
+    student: Tensor,
+    aligned: Tensor,
+    base: Tensor,
+    *,
+    inplace: bool = False,
+    implementation: str,
+    gradient_rounding: float = 0.0,
+    **options: object,
 ) -> tuple[CompletionLossOutput, Tensor]:
     """Loss, statistics and gradient of every row against float64; returns what the library gave."""
     output, gradient = loss_and_gradient(
@@ -111,5 +132,111 @@ def check_against_oracle(
     assert output.top_k_indices.reshape(-1, k).tolist() == [row.indices for row in rows]
     assert gradient.dtype == student.dtype
     if rows:
-        close(gradient, torch.stack([row.gradient for row in rows]), TOLERANCE[student.dtype], "gradient")
+        expected = torch.stack([row.gradient for row in rows])
+        close(gradient, expected, TOLERANCE[student.dtype], "gradient", gradient_rounding)
     return output, gradient
+
+
+class WideRows(NamedTuple):
+    """What the loss is in float64, for many rows at once; all (N,) but the last two."""
+
+    loss: Tensor
+    kl: Tensor
+    completion: Tensor
+    alpha: Tensor
+    fewest: Tensor  # the counts that rounding near the boundary may yield lie between these
+    most: Tensor
+    indices: Tensor  # (N, k)
+    gradient: Tensor  # (N, V)
+
+
+def wide_rows(
+    student: Tensor,
+    aligned: Tensor,
+    base: Tensor,
+    config: CompletionLossConfig,
+    observed_count: Tensor,
+    given: Tensor | None = None,
+) -> WideRows:
+    """The equations in float64 for rows (N, V) of finite entries, weights 1: the row oracle is slow for large V."""
+    s, a, b = student.double(), aligned.double(), base.double()
+    from_student, centered = config.favored_from == "student", config.penalty == "centered_square"
+    reference, narrow_reference = (s, student) if from_student else (a, aligned)
+    d = difference_in_compute_dtype(base, narrow_reference)
+    threshold = b.logsumexp(-1, keepdim=True) - reference.logsumexp(-1, keepdim=True)
+    slack = 2e-6 * (1 + torch.maximum(reference.abs(), b.abs()).amax(-1, keepdim=True))
+    slack = torch.where((narrow_reference == base).all(-1, keepdim=True), 0.0, slack)
+    fewest, most = ((d > threshold + sign * slack).sum(-1) for sign in (1, -1))
+    alpha = config.alpha_base * (1 + config.gamma * observed_count.clamp(fewest, most).double() / s.shape[-1])
+    # -0.0 ties with 0.0, and a stable sort leaves ties in the order of their indices
+    indices = (
+        (d + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k] if given is None else given
+    )
+    member = torch.zeros(s.shape[0], s.shape[1] + 1, dtype=torch.bool)
+    member.scatter_(1, torch.where(indices < 0, s.shape[1], indices), True)
+    offset = torch.where(member[:, :-1], s - (s.mean(-1, keepdim=True) if centered else 0.0), 0.0)
+    completion = config.lambda_reg * offset.square().sum(-1)
+    penalty = offset - (offset.mean(-1, keepdim=True) if centered else 0.0)
+    kl, kl_gradient = wide_divergence(s, config.teacher_mix * a + (1 - config.teacher_mix) * b, config)
+    gradient = kl_gradient + alpha[:, None] * 2 * config.lambda_reg * penalty
+    return WideRows(kl + alpha * completion, kl, completion, alpha, fewest, most, indices, gradient)
+
+
+def wide_divergence(s: Tensor, t: Tensor, config: CompletionLossConfig) -> tuple[Tensor, Tensor]:
+    tau = config.temperature
+    log_p, log_q = (s / tau).log_softmax(-1), (t / tau).log_softmax(-1)
+    p, q = log_p.exp(), log_q.exp()
+    if config.kl_direction == "teacher_student":
+        return tau**2 * (q * (log_q - log_p)).sum(-1), tau * (p - q)
+    raw = (p * (log_p - log_q)).sum(-1)
+    return tau**2 * raw, tau * p * (log_p - log_q - raw[:, None])
+
+
+def check_against_wide_rows(
+    student: Tensor,
+    aligned: Tensor,
+    base: Tensor,
+    config: CompletionLossConfig,
+    given: Tensor | None = None,
+    tolerance: float = 1e-6,
+    gradient_rounding: float = 0.0,
+    **options: object,
+) -> tuple[CompletionLossOutput, Tensor]:
+    """Finite rows (N, V) through the CPU kernels: |error| <= tolerance (1 + |value|), selection exact."""
+    options = {"reduction": "none", "implementation": "cpu", **options}
+    output, gradient = loss_and_gradient(student, aligned, base, config=config, top_k_indices=given, **options)
+    expected = wide_rows(student, aligned, base, config, output.base_favored_count, given)
+    for name in ("loss", "kl", "completion", "alpha"):
+        actual, value = getattr(output, name).detach().double(), getattr(expected, name)
+        error = ((actual - value).abs() / (1 + value.abs())).max()
+        assert float(error) <= tolerance, f"{name} is off by {float(error):.2e} (1 + |value|)"
+    assert torch.equal(output.top_k_indices, expected.indices)
+    assert bool(((output.base_favored_count >= expected.fewest) & (output.base_favored_count <= expected.most)).all())
+    close(gradient, expected.gradient, TOLERANCE[student.dtype], "gradient", gradient_rounding)
+    return output, gradient
+
+
+def op_call(*models: Tensor, **changes: object) -> tuple[object, ...]:
+    """What both ops take for student, aligned and base logits: one more follows, `with_gradient` or `gradient`."""
+    student, aligned, base = models
+    rows = student.shape[0]
+    arguments: dict[str, object] = {
+        "student": student,
+        "aligned": aligned,
+        "base": base,
+        "kl_weight": torch.ones(rows),
+        "completion_weight": torch.ones(rows),
+        "top_k_indices": None,
+        "top_k": 5,
+        "teacher_mix": 1.2,
+        "temperature": 2.0,
+        "alpha_base": 1.0,
+        "gamma": 1.0,
+        "lambda_reg": 0.05,
+        "teacher_student": False,
+        "favored_from_student": False,
+        "centered_square": False,
+        "vocab_size": student.shape[-1],
+    }
+    assert not changes.keys() - arguments.keys()
+    return tuple({**arguments, **changes}.values())

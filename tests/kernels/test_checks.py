@@ -12,6 +12,7 @@ from deepalign.kernels import checks
 from deepalign.kernels.checks import choose_implementation
 from deepalign.kernels.completion_loss import IMPLEMENTATIONS, CompletionLossConfig, fused_completion_loss
 from deepalign.kernels.position_divergence import base_favored_tokens, position_divergence
+from tests.kernels.loss_helpers import needs_native
 
 LOGITS = torch.zeros(2, 3, 8)
 CONFIG = CompletionLossConfig(top_k=4)
@@ -122,6 +123,25 @@ def test_an_implementation_that_cannot_run_says_why() -> None:
         if isinstance(found, str):
             with pytest.raises(RuntimeError, match=f"implementation '{name}' cannot run: {found}; use one of"):
                 fused_completion_loss(LOGITS, LOGITS, LOGITS, config=CONFIG, implementation=name)
+
+
+def test_compiled_kernels_refuse_float64_and_the_reference_serves_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "_reference_announced", True)
+    table = {"reference": 1, "cpu": 2, "triton": 3}
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run: it takes .*, and these are torch.float64"):
+        choose_implementation(table, "cpu", CPU, torch.float64)
+    assert choose_implementation(table, None, CPU, torch.float64) == 1
+    assert [choose_implementation(table, None, CPU, dtype) for dtype in checks.COMPILED_DTYPES] == [2, 2, 2]
+    assert choose_implementation(table, None, torch.device("cuda", 0), torch.float64) == 1
+    with pytest.raises(RuntimeError, match="'cpu' cannot run: it takes cpu tensors, and these are on meta"):
+        choose_implementation(table, "cpu", torch.device("meta"))
+
+
+@needs_native
+def test_the_cpu_kernels_refuse_float64() -> None:
+    logits = LOGITS.double()
+    with pytest.raises(RuntimeError, match=r"'cpu' cannot run: .* these are torch.float64; use one of 'reference'"):
+        fused_completion_loss(logits, logits, logits, config=CONFIG, implementation="cpu")
 
 
 def test_the_fastest_that_can_run_on_the_device_is_chosen(monkeypatch: pytest.MonkeyPatch) -> None:

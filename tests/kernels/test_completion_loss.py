@@ -8,10 +8,16 @@ import torch
 from torch import Tensor
 
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
-from tests.kernels.loss_helpers import RUNNABLE, check_against_oracle, loss_and_gradient, oracle_rows
-from tests.kernels.samples import DTYPES, SIZES, pairwise, three_models
+from tests.kernels.loss_helpers import (
+    DTYPES_OF,
+    RUNNABLE,
+    check_against_oracle,
+    every_implementation,
+    loss_and_gradient,
+    oracle_rows,
+)
+from tests.kernels.samples import SIZES, pairwise, three_models
 
-pytestmark = pytest.mark.parametrize("implementation", RUNNABLE)
 NAN, INF = math.nan, math.inf
 
 
@@ -36,7 +42,11 @@ def eager(student: Tensor, aligned: Tensor, base: Tensor, cfg: CompletionLossCon
     return loss.detach(), leaf.grad
 
 
-@pytest.mark.parametrize(("rows", "vocab", "dtype", "peaked"), SIZES, ids=str)
+@pytest.mark.parametrize(
+    ("implementation", "rows", "vocab", "dtype", "peaked"),
+    [(name, *size) for name in RUNNABLE for size in SIZES if size[2] in DTYPES_OF[name]],
+    ids=str,
+)
 def test_error_is_no_larger_than_eagers(
     implementation: str, rows: int, vocab: int, dtype: torch.dtype, peaked: bool
 ) -> None:
@@ -51,28 +61,31 @@ def test_error_is_no_larger_than_eagers(
     eager_loss, eager_gradient = eager(student, aligned, base, cfg)
     unit = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
     floor = (0.5 * torch.finfo(dtype).eps + 4 * unit) * float(expected_gradient.abs().max())
+    if vocab == 1:  # eager's distillation is exactly 0; a fused one cancels log q, which rounds with the teacher
+        floor += unit * float(torch.stack([student, aligned, base]).abs().max())
     error, eager_error = (float((g.double() - expected_gradient).abs().max()) for g in (gradient, eager_gradient))
     assert error <= eager_error + floor
     loss_error, eager_loss_error = (abs(float(loss.detach()) - expected_loss) for loss in (output.loss, eager_loss))
     assert loss_error <= eager_loss_error + 4 * unit * (expected_loss + float(student.abs().max()))
 
 
-PAIRWISE = pairwise(
-    {
-        "kl_direction": ("student_teacher", "teacher_student"),
-        "favored_from": ("aligned", "student"),
-        "penalty": ("square", "centered_square"),
-        "given": (False, True),
-        "vocab_size": (None, 41),
-        "weights": ("none", "kl", "completion", "both"),
-        "reduction": ("mean", "sum", "none"),
-        "dtype": DTYPES,
-        "inplace": (False, True),
-    }
+OPTIONS = {
+    "kl_direction": ("student_teacher", "teacher_student"),
+    "favored_from": ("aligned", "student"),
+    "penalty": ("square", "centered_square"),
+    "given": (False, True),
+    "vocab_size": (None, 41),
+    "weights": ("none", "kl", "completion", "both"),
+    "reduction": ("mean", "sum", "none"),
+    "inplace": (False, True),
+}
+
+
+@pytest.mark.parametrize(
+    ("implementation", "case"),
+    [(name, case) for name in RUNNABLE for case in pairwise({**OPTIONS, "dtype": DTYPES_OF[name]})],
+    ids=lambda item: item if isinstance(item, str) else "-".join(str(value) for value in item.values()),
 )
-
-
-@pytest.mark.parametrize("case", PAIRWISE, ids=lambda case: "-".join(str(value) for value in case.values()))
 def test_options_in_every_pair(implementation: str, case: dict[str, object]) -> None:
     """Rows: sound, with absent entries, bad, not read if weighted so; two leading dimensions; padding is NaN."""
     models = three_models(2, 3, 48, dtype=case["dtype"], seed=3)
@@ -100,12 +113,14 @@ def test_options_in_every_pair(implementation: str, case: dict[str, object]) -> 
 @pytest.mark.parametrize(
     "scales", [{"temperature": 0.7}, {"teacher_mix": 0.4}, {"alpha_base": 0.3, "gamma": 2.5}, {"gamma": 0}]
 )
+@every_implementation
 def test_scales(implementation: str, scales: dict[str, float]) -> None:
     models = three_models(2, 60, seed=8)
     check_against_oracle(*models, implementation=implementation, config=config(**scales), reduction="sum")
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_implementation
 def test_no_rows(implementation: str, reduction: str) -> None:
     models = [torch.zeros(0, 9) for _ in range(3)]
     output, gradient = loss_and_gradient(*models, config=config(), reduction=reduction, implementation=implementation)
@@ -114,11 +129,13 @@ def test_no_rows(implementation: str, reduction: str) -> None:
     assert (output.kl.shape, output.top_k_indices.shape, gradient.shape) == ((0,), (0, 5), (0, 9))
 
 
+@every_implementation
 def test_a_single_row_without_leading_dimension(implementation: str) -> None:
     output, _ = check_against_oracle(*three_models(50), implementation=implementation, config=config())
     assert (output.kl.shape, output.base_favored_count.shape, output.top_k_indices.shape) == ((), (), (5,))
 
 
+@every_implementation
 def test_strides_do_not_matter(implementation: str) -> None:
     student, aligned, base = three_models(4, 60)
     dense, dense_gradient = loss_and_gradient(
@@ -137,6 +154,7 @@ def test_strides_do_not_matter(implementation: str) -> None:
     torch.testing.assert_close(leaf.grad[:, 1:121:2], dense_gradient)
 
 
+@every_implementation
 def test_equal_models_differ_nowhere_whatever_their_strides(implementation: str) -> None:
     """d = 0 against a threshold that must be exactly 0: a rounding of lse(b) - lse(a) would count the vocabulary."""
     for seed in range(5):
@@ -148,6 +166,7 @@ def test_equal_models_differ_nowhere_whatever_their_strides(implementation: str)
         assert output.top_k_indices.tolist() == [[0, 1, 2, 3, 4]] * 6  # all tied
 
 
+@every_implementation
 def test_a_constant_shift_favors_nothing(implementation: str) -> None:
     """lse(b) - lse(a) must be the shift itself, although below and above 1024 each would round differently."""
     aligned = 1000.0 + (three_models(32, 500, peaked=False)[1] * 16).round() / 16  # a grid: the shift is exact
@@ -155,6 +174,7 @@ def test_a_constant_shift_favors_nothing(implementation: str) -> None:
     assert output.base_favored_count.tolist() == [0] * 32
 
 
+@every_implementation
 def test_student_equal_to_teacher(implementation: str) -> None:
     _, aligned, base = three_models(3, 200)
     output, gradient = loss_and_gradient(
@@ -164,6 +184,7 @@ def test_student_equal_to_teacher(implementation: str) -> None:
     assert float(gradient.abs().max()) < 1e-7
 
 
+@every_implementation
 def test_ties_go_to_the_lowest_index_and_minus_zero_is_zero(implementation: str) -> None:
     aligned = torch.zeros(2, 12)
     base = torch.tensor([[0, -0.0, 3, 0, 3, 3, -1, -0.0, 0, 3, 0, 0], [1.0] * 12])
@@ -173,6 +194,7 @@ def test_ties_go_to_the_lowest_index_and_minus_zero_is_zero(implementation: str)
     assert output.top_k_indices.tolist() == [[2, 4, 5, 9, 0, 1, 3], [0, 1, 2, 3, 4, 5, 6]]
 
 
+@every_implementation
 def test_all_logits_equal(implementation: str) -> None:
     models = [torch.full((2, 30), value) for value in (1.5, -2.0, 7.0)]
     output, _ = check_against_oracle(*models, implementation=implementation, config=config(), reduction="sum")
@@ -180,6 +202,7 @@ def test_all_logits_equal(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("direction", ["student_teacher", "teacher_student"])
+@every_implementation
 def test_extreme_logits(implementation: str, direction: str) -> None:
     generator = torch.Generator().manual_seed(0)
     models = [1e4 * (2 * torch.rand(3, 64, generator=generator) - 1) for _ in range(3)]
@@ -194,6 +217,7 @@ def test_extreme_logits(implementation: str, direction: str) -> None:
 @pytest.mark.parametrize("where", [0, 1, 2, (0, 1), (1, 2)], ids=str)
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("inplace", [False, True])
+@every_implementation
 def test_a_bad_row_spoils_itself_only(
     implementation: str, value: float, where: int | tuple[int, ...], inplace: bool
 ) -> None:
@@ -211,6 +235,7 @@ def test_a_bad_row_spoils_itself_only(
     torch.testing.assert_close(3 * gradient[[0, 2]], clean[[0, 2]])
 
 
+@every_implementation
 def test_a_row_without_any_entry_is_bad(implementation: str) -> None:
     models = three_models(2, 40)
     for model in models:
@@ -218,6 +243,7 @@ def test_a_row_without_any_entry_is_bad(implementation: str) -> None:
     check_against_oracle(*models, implementation=implementation, config=config(), reduction="none")
 
 
+@every_implementation
 def test_absent_entries_are_padding(implementation: str) -> None:
     """-inf in all three models is the same as not being there: equal to the row without those entries."""
     kept = torch.tensor([index for index in range(40) if index not in (0, 5, 6, 39)])
@@ -234,6 +260,7 @@ def test_absent_entries_are_padding(implementation: str) -> None:
         assert not bool(gradient[:, [0, 5, 6, 39]].any())
 
 
+@every_implementation
 def test_fewer_present_than_k(implementation: str) -> None:
     models = three_models(2, 8)
     for model in models:
@@ -243,6 +270,7 @@ def test_fewer_present_than_k(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("value", [0.25, NAN, -INF], ids=str)
+@every_implementation
 def test_a_row_of_two_zero_weights_is_not_read(implementation: str, value: float) -> None:
     models = three_models(3, 40)
     models[0][1] = models[2][1] = value
@@ -260,6 +288,7 @@ def test_a_row_of_two_zero_weights_is_not_read(implementation: str, value: float
     assert [statistic[1].item() for statistic in output[:5]] == [0] * 5
 
 
+@every_implementation
 def test_a_zero_weight_removes_an_infinite_term(implementation: str) -> None:
     """0 * inf would be NaN: here C overflows fp32 but carries no weight."""
     models = three_models(2, 40)
@@ -276,6 +305,7 @@ def test_a_zero_weight_removes_an_infinite_term(implementation: str) -> None:
     assert bool(torch.isfinite(output.loss).all())
 
 
+@every_implementation
 def test_entries_beyond_vocab_size_do_not_exist(implementation: str) -> None:
     models = three_models(2, 50)
     options = {"config": config(penalty="centered_square"), "implementation": implementation}
@@ -289,6 +319,7 @@ def test_entries_beyond_vocab_size_do_not_exist(implementation: str) -> None:
     assert not bool(gradient[:, 44:].any())
 
 
+@every_implementation
 def test_given_indices_are_a_set(implementation: str) -> None:
     models = three_models(2, 40)
     for model in models:
@@ -306,6 +337,7 @@ def test_given_indices_are_a_set(implementation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int64, torch.float16, torch.float64], ids=str)
+@every_implementation
 def test_weight_dtypes(implementation: str, dtype: torch.dtype) -> None:
     weight = torch.tensor([1, 0, 1]).to(dtype)
     other = torch.tensor([0, 1, 1]).to(dtype)
@@ -318,6 +350,7 @@ def test_weight_dtypes(implementation: str, dtype: torch.dtype) -> None:
     )
 
 
+@every_implementation
 def test_mean_divides_each_term_by_its_own_weights(implementation: str) -> None:
     models = three_models(4, 40)
     kl_weight, completion_weight = torch.tensor([2.0, 0.0, 1.0, 1.0]), torch.tensor([0.0, 3.0, 0.0, 0.0])
@@ -338,6 +371,7 @@ def test_mean_divides_each_term_by_its_own_weights(implementation: str) -> None:
 @pytest.mark.parametrize(
     ("favored_from", "penalty"), list(itertools.product(["aligned", "student"], ["square", "centered_square"]))
 )
+@every_implementation
 def test_shifting_the_student(implementation: str, favored_from: str, penalty: str) -> None:
     """centered_square cannot be escaped by lowering every logit; square can, which is why the option exists."""
     student, aligned, base = three_models(3, 60)
@@ -350,6 +384,7 @@ def test_shifting_the_student(implementation: str, favored_from: str, penalty: s
     assert invariant == (penalty == "centered_square")
 
 
+@every_implementation
 def test_nothing_is_written_to_the_inputs_without_inplace(implementation: str) -> None:
     models = three_models(2, 30)
     copies = [model.clone() for model in models]

@@ -23,8 +23,11 @@ def test_loss_and_gradient_are_those_of_the_cpu(logits: list[torch.Tensor], dtyp
         output = fused_completion_loss(student, aligned, base, config=CompletionLossConfig(top_k=50))
         output.loss.backward()
         results.append([tensor.detach().cpu() for tensor in (*output, student.grad)])
-    for on_cpu, on_gpu in zip(*results, strict=True):
+    *statistics, gradients = zip(*results, strict=True)
+    for on_cpu, on_gpu in statistics:
         torch.testing.assert_close(on_gpu, on_cpu, rtol=2e-5, atol=1e-6)
+    # the last place of a bfloat16: another kernel may round it the other way
+    torch.testing.assert_close(*gradients, rtol=8e-3 if dtype == torch.bfloat16 else 2e-5, atol=1e-6)
 
 
 def test_diagnosis_is_that_of_the_cpu(logits: list[torch.Tensor]) -> None:

@@ -14,9 +14,11 @@ from deepalign.kernels.checks import (
     check_top_k_indices,
     choose_implementation,
 )
+from deepalign.kernels.completion_loss import cpu
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.completion_loss.inplace import RowsAndGradient, completion_loss_rows_inplace
 from deepalign.kernels.completion_loss.reference import completion_loss_rows, completion_loss_rows_and_gradient
+from deepalign.kernels.library import WHY_NO_NATIVE
 
 Reduction = Literal["mean", "sum", "none"]
 PAPER_CONFIG = CompletionLossConfig()  # frozen, so one instance serves every call
@@ -32,7 +34,7 @@ class Implementation(NamedTuple):
 # By name: an implementation, or why it cannot run.
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "reference": Implementation(completion_loss_rows, completion_loss_rows_and_gradient),
-    "cpu": "this version of deepalign has no compiled CPU extension",
+    "cpu": WHY_NO_NATIVE or Implementation(cpu.completion_loss_rows, cpu.completion_loss_rows_and_gradient),
     "triton": "this version of deepalign has no Triton kernels",
 }
 
@@ -89,10 +91,10 @@ def fused_completion_loss(
     check_top_k_indices(top_k_indices, student_logits, vocab_size)
     kl_weight_N = check_row_weight("kl_weight", kl_weight, student_logits)
     completion_weight_N = check_row_weight("completion_weight", completion_weight, student_logits)
-    chosen = choose_implementation(IMPLEMENTATIONS, implementation, student_logits.device)
+    chosen = choose_implementation(IMPLEMENTATIONS, implementation, student_logits.device, student_logits.dtype)
     inputs = CompletionLossInputs(
-        aligned_logits.detach(),
-        base_logits.detach(),
+        aligned_logits.detach() if aligned_logits.requires_grad else aligned_logits,
+        base_logits.detach() if base_logits.requires_grad else base_logits,
         _normalise(kl_weight_N, reduction),
         _normalise(completion_weight_N, reduction),
         top_k_indices,

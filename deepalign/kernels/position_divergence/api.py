@@ -6,6 +6,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from deepalign.kernels.checks import check_logits, check_top, choose_implementation
+from deepalign.kernels.library import WHY_NO_NATIVE
+from deepalign.kernels.position_divergence import cpu
 from deepalign.kernels.position_divergence.reference import (
     BaseFavoredTokens,
     PositionDivergence,
@@ -24,7 +26,7 @@ class Implementation(NamedTuple):
 # By name: an implementation, or why it cannot run.
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "reference": Implementation(position_divergence_rows, base_favored_tokens_rows),
-    "cpu": "this version of deepalign has no compiled CPU extension",
+    "cpu": WHY_NO_NATIVE or Implementation(cpu.position_divergence_rows, cpu.base_favored_tokens_rows),
     "triton": "this version of deepalign has no Triton kernels",
 }
 
@@ -57,7 +59,7 @@ def position_divergence(
     """
     vocab_size = check_logits(vocab_size, aligned_logits=aligned_logits, base_logits=base_logits)
     check_top("top_n", top_n, vocab_size)
-    chosen = choose_implementation(IMPLEMENTATIONS, implementation, aligned_logits.device)
+    chosen = choose_implementation(IMPLEMENTATIONS, implementation, aligned_logits.device, aligned_logits.dtype)
     return chosen.position_divergence(aligned_logits, base_logits, top_n, vocab_size)
 
 
@@ -90,5 +92,5 @@ def base_favored_tokens(
     """
     vocab_size = check_logits(vocab_size, aligned_logits=aligned_logits, base_logits=base_logits)
     check_top("top_k", top_k, vocab_size)
-    chosen = choose_implementation(IMPLEMENTATIONS, implementation, aligned_logits.device)
+    chosen = choose_implementation(IMPLEMENTATIONS, implementation, aligned_logits.device, aligned_logits.dtype)
     return chosen.base_favored_tokens(aligned_logits, base_logits, top_k, vocab_size)

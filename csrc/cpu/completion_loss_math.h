@@ -1,0 +1,148 @@
+// The completion loss of a row, in two passes over the logits of its three models.
+//
+// Pass 1 (`scan`) reads s, a, b once and sums exp(s/tau), exp(t/tau), exp(a), exp(b) and p (s - t): partitions and KL.
+// Running maxima of groups of d = b - a give a bound that the k-th largest d reaches. Pass 2 needs one exponential per
+// entry: `emit` writes the gradient, counts base-favored entries and collects those above the bound; without a gradient
+// `collect` does the latter two. M is then chosen exactly among them and its gradient corrected.
+//
+// No maximum is tracked: sums are taken relative to the largest of the first entries and, in float, overflow only if a
+// later one is 2^100 times larger. A row whose sums are infinite, NaN or out of range is done again, carefully: with
+// true maxima, absent entries masked. -inf, NaN and extreme logits go that way; ordinary rows do not pay for them.
+#pragma once
+
+#include "row_math.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+// The block in which the largest entries of a distribution lie.
+struct LossPeak {
+  float mass = 0;  // of one lane
+  int64_t begin = -1;
+
+  void see(const LossPeak& other) {
+    if (other.mass > mass) *this = other;
+  }
+};
+
+// A row's sums, relative to its offsets. The reference r is the model that b is compared with: a, or s.
+struct LossSums {
+  double s = 0, t = 0, r = 0, b = 0;  // 2^(scale x - offset)
+  double divergence = 0;              // p (s - t), or q (t - s), unnormalised
+  double logits = 0;                  // s
+  LossPeak peak_s, peak_t;
+
+  void operator+=(const LossSums& other) {
+    s += other.s, t += other.t, r += other.r, b += other.b;
+    divergence += other.divergence, logits += other.logits;
+    peak_s.see(other.peak_s), peak_t.see(other.peak_t);
+  }
+};
+
+// What is subtracted in the exponents: whole bits for ordinary rows, maxima for careful ones.
+struct LossOffsets {
+  int s = 0, t = 0, r = 0, b = 0;
+  float max_s = 0, max_t = 0, max_r = 0, max_b = 0;
+};
+
+struct LossMix {
+  Float base;  // t = a + base (b - a)
+  bool teacher_student, from_student;
+};
+
+// What a loop over a block carries.
+struct LossAccumulators {
+  Float s, t, r, b, divergence, logits;
+
+  // Not by initialisers: the constructor that they make would be compiled for the plain processor.
+  void clear() { s = t = r = b = divergence = logits = splat(0); }
+};
+
+// Pass 1 over one half of a step. kPlain fixes the default options, so that their loop holds no choice.
+template <bool kPlain>
+struct LossScan {
+  LossMix mix;
+  Exponential exp_s, exp_t, exp_r, exp_b;
+
+  DEEPALIGN_INLINE void add(Float xs, Float xa, Float xb, Mask, LossAccumulators& sums, Float& largest) const {
+    Float d = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
+    const Float xt = fma(mix.base, d, xa);
+    Float xr = xa;
+    if (!kPlain && mix.from_student) xr = xs, d = xb - xs;
+    sums.r = exp_r.add_to(sums.r, xr);
+    sums.b = exp_b.add_to(sums.b, xb);
+    if (kPlain || !mix.teacher_student) {
+      sums.t = exp_t.add_to(sums.t, xt);
+      const Float p = exp_s.value_and_add(xs, sums.s);
+      sums.divergence = fma(p, xs - xt, sums.divergence);
+    } else {
+      sums.s = exp_s.add_to(sums.s, xs);
+      const Float q = exp_t.value_and_add(xt, sums.t);
+      sums.divergence = fma(q, xt - xs, sums.divergence);
+    }
+    if (!kPlain) sums.logits = sums.logits + xs;
+    largest = max(d, largest);
+  }
+};
+
+// The same under a mask, with maxima subtracted: for careful rows, whose other entries are finite or absent, and for the
+// end of ordinary ones, where whatever is not finite must come through.
+struct LossMaskedScan {
+  LossMix mix;
+  Exponential exp_s, exp_t, exp_r, exp_b;
+  Float max_s, max_t, max_r, max_b;
+  Float floor;  // far below every maximum: its exponential is 0
+  bool careful;
+  // NaN stays NaN; an ordinary row's entries go as they are, so that one out of range shows.
+  DEEPALIGN_INLINE Float relative(Float x, Float largest) const { return careful ? max(floor, x - largest) : x; }
+
+  DEEPALIGN_INLINE void add(Float xs, Float xa, Float xb, Mask mask, LossAccumulators& sums, Float& largest) const {
+    const Float zero = splat(0);
+    if (careful) mask = both(mask, finite(xs, xa, xb));
+    xs = choose(mask, xs, zero), xa = choose(mask, xa, zero), xb = choose(mask, xb, zero);
+    const Float xt = fma(mix.base, xb - xa, xa), xr = mix.from_student ? xs : xa;
+    sums.r = sums.r + choose(mask, exp_r(relative(xr, max_r)), zero);
+    sums.b = sums.b + choose(mask, exp_b(relative(xb, max_b)), zero);
+    const Float p = choose(mask, exp_s(relative(xs, max_s)), zero);
+    const Float q = choose(mask, exp_t(relative(xt, max_t)), zero);
+    sums.s = sums.s + p, sums.t = sums.t + q;
+    sums.divergence = mix.teacher_student ? fma(q, xt - xs, sums.divergence) : fma(p, xs - xt, sums.divergence);
+    sums.logits = sums.logits + xs;
+    largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
+  }
+};
+
+struct LossLaneSums {
+  LaneSum s, t, r, b, divergence, logits;
+  LossPeak peak_s, peak_t;
+
+  void add(const LossAccumulators& sums, int64_t block) {
+    s.add(sums.s), t.add(sums.t), r.add(sums.r), b.add(sums.b);
+    divergence.add(sums.divergence), logits.add(sums.logits);
+    peak_s.see({largest_lane(sums.s), block}), peak_t.see({largest_lane(sums.t), block});
+  }
+  LossSums total() const {
+    return {s.total(), t.total(), r.total(), b.total(), divergence.total(), logits.total(), peak_s, peak_t};
+  }
+};
+
+// Pass 2 over one half of a step: the gradient without the penalty's part.
+template <bool kPlain>
+struct LossEmit {
+  LossMix mix;
+  Exponential exp_s, exp_t;  // normalised: p and q
+  Float scale, constant;     // wD tau (log p - log q - KL) = scale (s - t) + constant;  scale is wD
+  Float weight, shift;       // wD tau;  the part of "centered_square" that every entry has
+  Float max_s, max_t, floor;
+
+  DEEPALIGN_INLINE Float gradient(Float xs, Float xa, Float xb) const {
+    const Float xt = fma(mix.base, xb - xa, xa);
+    if (kPlain) return exp_s(xs) * fma(xs - xt, scale, constant);
+    const Float p = exp_s(max(floor, xs - max_s));
+    if (!mix.teacher_student) return fma(p, fma(xs - xt, scale, constant), shift);
+    return fma(p - exp_t(max(floor, xt - max_t)), weight, shift);
+  }
+};
+
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign

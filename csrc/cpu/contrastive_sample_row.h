@@ -1,0 +1,376 @@
+// A row of the contrastive sampler: what is computed of its entries x (Eq. 7), block by block. The order of the passes
+// and what is decided between them are in contrastive_sample.h.
+#pragma once
+
+#include "row_math.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+constexpr float kLargestFloat = std::numeric_limits<float>::max();
+
+// A row's sums of exp(a - origin_a) and exp(b - origin_b), times a power of two; `spread` is finite just where all
+// entries are.
+struct SampleSums {
+  double a = 0, b = 0, spread = 0;
+  void operator+=(const SampleSums& other) { a += other.a, b += other.b, spread += other.spread; }
+};
+
+struct SampleBlock {
+  float peak;     // its largest a, which no x of it exceeds
+  int64_t above;  // of the latest tally: entries with x > cut,
+  int64_t ties;   // with x == cut,
+  double mass;    // and the weights of the former
+};
+
+// x of one half of a step.
+struct Contrast {
+  Float limit, shift, alpha;
+
+  // As the reference rounds it: no fused multiply-add.
+  DEEPALIGN_INLINE Float operator()(Float a, Float b) const {
+    const Float d = b - a;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125
+    return choose(greater(d, limit), a - alpha * (d - shift), a);
+  }
+};
+
+// Pass 1 over a block.
+struct SampleScan {
+  Exponential exp;
+  Float origin_a, origin_b, minus_alpha, start, floor;
+  Float a, b, spread, peak;
+  Pair lowered;
+
+  void clear() {
+    a = b = spread = splat(0);
+    peak = lowered.first = lowered.second = splat(-kInfinity);
+  }
+  DEEPALIGN_INLINE void add(Float xa, Float xb, Float& largest) {  // of an ordinary row, where origin_a is 0
+    const Float d = xb - xa;
+    a = exp.add_to(a, xa);
+    b = exp.add_to(b, xb - origin_b);
+    spread = spread + d;
+    peak = max(xa, peak);
+    largest = max(fma(minus_alpha, max(d, start), xa), largest);
+  }
+  DEEPALIGN_INLINE void add(Float xa, Float xb, Mask mask, Float& largest) {
+    const Float zero = splat(0), lowest = splat(-kInfinity), d = xb - xa;
+    a = exp.add_to(a, choose(mask, max(floor, xa - origin_a), floor));
+    b = exp.add_to(b, choose(mask, max(floor, xb - origin_b), floor));
+    spread = spread + choose(mask, d, zero);
+    peak = max(choose(mask, xa, lowest), peak);
+    largest = max(choose(mask, fma(minus_alpha, max(d, start), xa), lowest), largest);
+  }
+};
+
+// 2^(scale x), exactly 1 at 0: equal entries at the top then have exact sums. The exponential is off by its own error
+// there, which a factor next to 1 makes good.
+inline Exponential weight_exponential(float scale) {
+  const Exponential exp(scale, 0);
+  return largest_lane(exp(splat(0))) == 1.0f ? exp : Exponential(scale, 0, std::nextafter(1.0f, 0.0f));
+}
+
+// Entries offered in the order of their index: the first at which the running sum of weights exceeds the target, else
+// the last that has weight.
+struct SampleDraw {
+  double target, reached = 0.0;
+  int64_t token = -1;
+  float x = 0;
+  bool done = false;
+
+  void offer(int64_t index, float value, double weight) {
+    if (done || !(weight > 0.0)) return;
+    token = index, x = value;
+    reached += weight;
+    done = reached > target;
+  }
+};
+
+template <class T>
+class ContrastiveSampleRow {
+ public:
+  ContrastiveSampleRow(const ContrastiveSampleArgs& args, const Cut& cut, std::vector<SampleBlock>& blocks, int64_t row);
+
+  bool bad() const { return bad_; }
+  bool ordinary() const { return !careful_; }
+  void start_carefully();
+  SampleSums scan(int64_t segment, GroupMaxima& maxima) const;
+  bool conclude(const SampleSums& sums);  // false: the sums are no use, start carefully
+  float bound(const GroupMaxima& maxima, int64_t k) const;
+
+  // The rest after `conclude`, and all but `collect` after `set_largest`.
+  void collect(int64_t segment, float below, Candidates& candidates) const;  // bound <= x < below
+  void set_largest(float x);
+  void tally(int64_t segment, float cut) const;
+  void offer(int64_t block, float cut, int64_t ties, SampleDraw& draw) const;
+  double exponent(float x) const { return (double(x) - largest_) / args_.temperature; }
+  double weight(float x) const { return std::exp(exponent(x)); }
+
+ private:
+  Pair contrasted(int64_t i, int64_t n) const;
+  Pair weights(Pair x) const;
+  template <bool kAll>
+  void tally_block(SampleBlock& block, int64_t begin, int64_t end, float cut) const;
+  void tally_exactly(SampleBlock& block, int64_t begin, int64_t end, float cut) const;
+  void set_contrast(double threshold);
+  static void unpack(Pair x, float* to);
+  SampleBlock& block_at(int64_t begin) const { return blocks_[size_t(begin / cut_.block)]; }
+
+  const ContrastiveSampleArgs& args_;
+  const Cut& cut_;
+  std::vector<SampleBlock>& blocks_;
+  const T *const a_, *const b_;
+  const float alpha_, scale_, floor_;
+  bool careful_ = false, bad_ = false, exact_ = false;
+  float origin_a_ = 0.0f, origin_b_ = 0.0f, start_ = 0.0f, largest_ = 0.0f;
+  int offset_ = 0;
+  double threshold_ = 0.0;
+  Contrast contrast_;
+  Exponential exp_;
+};
+
+template <class T>
+ContrastiveSampleRow<T>::ContrastiveSampleRow(
+    const ContrastiveSampleArgs& args, const Cut& cut, std::vector<SampleBlock>& blocks, int64_t row)
+    : args_(args), cut_(cut), blocks_(blocks), a_(row_of<T>(args.aligned, row)), b_(row_of<T>(args.base, row)),
+      alpha_(float(args.alpha)), scale_(float(std::max(0x1p-60, std::min(0x1p60, kLog2E / args.temperature)))),
+      floor_(-200.0f / scale_), exp_(weight_exponential(scale_)) {
+  // The largest of the first entries stands for the row's largest. Whole bits cost nothing, so only b is shifted, by what
+  // makes both sums equal, to the bit, where the models are equal up to a shift.
+  float largest_a = -kInfinity, largest_b = -kInfinity;
+  for (int64_t i = 0; i < std::min<int64_t>(64, cut.size); ++i) {
+    largest_a = std::max(largest_a, to_float(a_[i])), largest_b = std::max(largest_b, to_float(b_[i]));
+  }
+  origin_b_ = largest_b - largest_a;
+  if (!whole_bits(largest_a, kLog2E, &offset_) || !(std::abs(origin_b_) < 1e30f)) start_carefully();
+}
+
+// Finds true maxima, absent entries, and whether the row is bad.
+template <class T>
+void ContrastiveSampleRow<T>::start_carefully() {
+  careful_ = true;
+  offset_ = 0;
+  const Float lowest = splat(-kInfinity);
+  Float largest_a = lowest, largest_b = lowest;
+  int64_t present = 0, absent = 0;
+  const auto add = [&](Float a, Float b, Mask exists) {
+    const Mask here = both(exists, finite(a, b));
+    present += count(here);
+    absent += count(both(exists, both(equal(a, lowest), equal(b, lowest))));
+    largest_a = max(choose(here, a, lowest), largest_a), largest_b = max(choose(here, b, lowest), largest_b);
+  };
+  for (int64_t i = 0; i < cut_.size; i += kStep) {
+    const Pair a = load_step(a_ + i, cut_.size - i), b = load_step(b_ + i, cut_.size - i);
+    const MaskPair exists = first_entries<T>(cut_.size - i);
+    add(a.first, b.first, exists.first);
+    add(a.second, b.second, exists.second);
+  }
+  origin_a_ = largest_lane(largest_a), origin_b_ = largest_lane(largest_b);
+  bad_ = present == 0 || present + absent < cut_.size;
+}
+
+// ---- pass 1
+
+// What is ranked is a lower bound for x: a - alpha max(d, start), to which `bound` adds alpha min(start, threshold). In
+// logits, start is 0; in log-probabilities, a guess of the threshold.
+template <class T>
+SampleSums ContrastiveSampleRow<T>::scan(int64_t segment, GroupMaxima& maxima) const {
+  const float bits = float(kLog2E), start = args_.log_space ? origin_b_ - origin_a_ : 0.0f;
+  SampleScan scan{Exponential(bits, offset_), splat(origin_a_), splat(origin_b_), splat(-alpha_), splat(start),
+                  splat(-200.0f / bits), splat(0), splat(0), splat(0), splat(0), {splat(0), splat(0)}};
+  LaneSum sum_a, sum_b, spread;
+  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
+    const int64_t end = std::min(begin + cut_.block, cut_.size);
+    int64_t i = begin;
+    scan.clear();
+    for (; !careful_ && i + kStep <= end; i += kStep) {
+      const Pair a = load_pair(a_ + i), b = load_pair(b_ + i);
+      scan.add(a.first, b.first, scan.lowered.first);
+      scan.add(a.second, b.second, scan.lowered.second);
+    }
+    for (; i < end; i += kStep) {
+      const Pair a = load_step(a_ + i, end - i), b = load_step(b_ + i, end - i);
+      MaskPair mask = first_entries<T>(end - i);
+      if (careful_) mask = both(mask, MaskPair{finite(a.first, b.first), finite(a.second, b.second)});
+      scan.add(a.first, b.first, mask.first, scan.lowered.first);
+      scan.add(a.second, b.second, mask.second, scan.lowered.second);
+    }
+    sum_a.add(scan.a), sum_b.add(scan.b), spread.add(scan.spread);
+    maxima.merge_block(begin, scan.lowered);
+    block_at(begin).peak = largest_lane(scan.peak);
+  }
+  return {sum_a.total(), sum_b.total(), spread.total()};
+}
+
+template <class T>
+bool ContrastiveSampleRow<T>::conclude(const SampleSums& sums) {
+  const bool usable = std::abs(sums.spread) < double(kInfinity) && sums.a > 0x1p-100 && sums.a < 0x1p100 &&
+                      sums.b > 0x1p-100 && sums.b < 0x1p100;
+  if (!usable && !careful_) return false;
+  start_ = args_.log_space ? origin_b_ - origin_a_ : 0.0f;
+  threshold_ = (std::log(sums.b) - std::log(sums.a)) + (double(origin_b_) - double(origin_a_));
+  const float threshold = float(threshold_);
+  contrast_.alpha = splat(alpha_);
+  contrast_.shift = splat(args_.log_space ? threshold : 0.0f);
+  contrast_.limit = splat(!(alpha_ > 0.0f) ? kInfinity : args_.log_space ? threshold : std::max(threshold, 0.0f));
+  return true;
+}
+
+// A value that at least k entries x reach, -infinity if none is known.
+template <class T>
+float ContrastiveSampleRow<T>::bound(const GroupMaxima& maxima, int64_t k) const {
+  const double lowered = maxima.bound(k), alpha = alpha_;
+  double largest = 0.0;
+  for (const SampleBlock& block : blocks_) largest = std::max(largest, double(block.peak));
+  const double rounding = std::abs(lowered) + largest + alpha * (std::abs(start_) + std::abs(threshold_));
+  const double sure = lowered + (args_.log_space ? alpha * std::min(double(start_), threshold_) : 0.0) - 0x1p-19 * rounding;
+  return sure > -kLargestFloat ? float(sure) : -kLargestFloat;
+}
+
+// ---- x
+
+// x of a step, -infinity where there is no entry.
+template <class T>
+DEEPALIGN_INLINE Pair ContrastiveSampleRow<T>::contrasted(int64_t i, int64_t n) const {
+  const Pair a = load_step(a_ + i, n), b = load_step(b_ + i, n);
+  Pair x{contrast_(a.first, b.first), contrast_(a.second, b.second)};
+  if (careful_ || n < kStep) {
+    const Float lowest = splat(-kInfinity);
+    const MaskPair exists = first_entries<T>(n);
+    x.first = choose(both(exists.first, finite(a.first, b.first)), x.first, lowest);
+    x.second = choose(both(exists.second, finite(a.second, b.second)), x.second, lowest);
+  }
+  return x;
+}
+
+template <class T>
+void ContrastiveSampleRow<T>::collect(int64_t segment, float below, Candidates& candidates) const {
+  const Float limit = splat(below);
+  Float bound = splat(candidates.bound());
+  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
+    if (!(block_at(begin).peak >= candidates.bound())) continue;
+    for (int64_t i = begin, end = std::min(begin + cut_.block, cut_.size); i < end; i += kStep) {
+      const Pair x = contrasted(i, end - i);
+      const MaskPair chosen = both(MaskPair{greater_equal(x.first, bound), greater_equal(x.second, bound)},
+                                   MaskPair{greater(limit, x.first), greater(limit, x.second)});
+      if (any(chosen)) {
+        candidates.add<T>(i, chosen, x, x, x);
+        bound = splat(candidates.bound());
+      }
+    }
+  }
+}
+
+// ---- weights exp((x - largest) / temperature)
+
+template <class T>
+void ContrastiveSampleRow<T>::set_largest(float x) {
+  largest_ = x;
+  // Where float cannot hold what a weight is computed from, double does.
+  const double scale = kLog2E / args_.temperature;
+  exact_ = !(scale > 0x1p-60 && scale < 0x1p60) || std::abs(x) > 1e30f;
+}
+
+// Relative error 1e-7; exactly 1 for the largest.
+template <class T>
+DEEPALIGN_INLINE Pair ContrastiveSampleRow<T>::weights(Pair x) const {
+  const Float floor = splat(floor_), largest = splat(largest_);
+  return {exp_(max(floor, x.first - largest)), exp_(max(floor, x.second - largest))};
+}
+
+// Counts and weighs the entries above `cut` of each block; -infinity is below them all and is not counted.
+template <class T>
+void ContrastiveSampleRow<T>::tally(int64_t segment, float cut) const {
+  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
+    const int64_t end = std::min(begin + cut_.block, cut_.size);
+    SampleBlock& block = block_at(begin);
+    block.above = block.ties = 0, block.mass = 0.0;
+    if (!(block.peak >= cut)) continue;
+    if (exact_) {
+      tally_exactly(block, begin, end, cut);
+    } else if (cut == -kInfinity) {
+      tally_block<true>(block, begin, end, cut);
+    } else {
+      tally_block<false>(block, begin, end, cut);
+    }
+  }
+}
+
+template <class T>
+template <bool kAll>
+void ContrastiveSampleRow<T>::tally_block(SampleBlock& block, int64_t begin, int64_t end, float cut) const {
+  const Float floor = splat(floor_), largest = splat(largest_), limit = splat(cut);
+  const Contrast contrast = contrast_;
+  const Exponential exp = exp_;
+  Float first = splat(0), second = splat(0);
+  int64_t above = 0, ties = 0;
+  const auto add = [&](Pair x) __attribute__((always_inline)) {
+    if (!kAll) {
+      const Float lowest = splat(-kInfinity);
+      const MaskPair chosen{greater(x.first, limit), greater(x.second, limit)};
+      above += count(chosen);
+      ties += count(MaskPair{equal(x.first, limit), equal(x.second, limit)});
+      x = {choose(chosen.first, x.first, lowest), choose(chosen.second, x.second, lowest)};
+    }
+    first = exp.add_to(first, max(floor, x.first - largest));
+    second = exp.add_to(second, max(floor, x.second - largest));
+  };
+  int64_t i = begin;
+  for (; !careful_ && i + kStep <= end; i += kStep) {
+    const Pair a = load_pair(a_ + i), b = load_pair(b_ + i);
+    add({contrast(a.first, b.first), contrast(a.second, b.second)});
+  }
+  for (; i < end; i += kStep) add(contrasted(i, end - i));
+  alignas(64) double lanes[kLanes] = {};
+  add_to_double(lanes, first), add_to_double(lanes, second);
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
+  }
+  block.above = above, block.ties = ties, block.mass = lanes[0];
+}
+
+template <class T>
+void ContrastiveSampleRow<T>::tally_exactly(SampleBlock& block, int64_t begin, int64_t end, float cut) const {
+  float x[kStep];
+  for (int64_t i = begin; i < end; i += kStep) {
+    unpack(contrasted(i, end - i), x);
+    for (int j = 0; j < kStep; ++j) {
+      if (!(x[j] >= cut) || x[j] == -kInfinity) continue;
+      if (x[j] == cut) {
+        ++block.ties;
+      } else {
+        ++block.above, block.mass += weight(x[j]);
+      }
+    }
+  }
+}
+
+// Offers what is kept of a block: x > cut and the first `ties` of those equal to it.
+template <class T>
+void ContrastiveSampleRow<T>::offer(int64_t block, float cut, int64_t ties, SampleDraw& draw) const {
+  float x[kStep], w[kStep];
+  const int64_t begin = block * cut_.block, end = std::min(begin + cut_.block, cut_.size);
+  for (int64_t i = begin; i < end && !draw.done; i += kStep) {
+    const Pair step = contrasted(i, end - i);
+    unpack(step, x), unpack(weights(step), w);
+    for (int j = 0; j < kStep && !draw.done; ++j) {
+      // Ties were weighed in double, where a weight that is 0 in float need not be.
+      if (x[j] > cut) draw.offer(i + j, x[j], exact_ ? weight(x[j]) : double(w[j]));
+      if (x[j] == cut && ties-- > 0) draw.offer(i + j, x[j], weight(x[j]));
+    }
+  }
+}
+
+// The lanes of a step in the order of its entries.
+template <class T>
+void ContrastiveSampleRow<T>::unpack(Pair x, float* to) {
+  float lanes[kStep];
+  store(lanes, x.first), store(lanes + kLanes, x.second);
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to[lane * Deal<T>::kStride] = lanes[lane];
+    to[lane * Deal<T>::kStride + Deal<T>::kSecond] = lanes[kLanes + lane];
+  }
+}
+
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign

@@ -1,0 +1,169 @@
+// Vectors of 16 floats: AVX-512 F, BW, DQ, VL; DEEPALIGN_AVX512_BF16 adds the conversion instruction of AVX-512 BF16.
+//
+// A `Pair` holds the 2 x 16 entries of one step. bfloat16 entries are dealt: even indices in `first`, odd ones in
+// `second`, because a shift and a mask unpack them so; `entry` tells which index a lane holds.
+#pragma once
+
+#include <immintrin.h>
+
+#include "exp2_table.h"
+#include "types.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+using Float = __m512;
+using Mask = __mmask16;
+constexpr int kLanes = 16;
+
+struct Pair {
+  Float first, second;
+};
+struct MaskPair {
+  Mask first, second;
+};
+
+DEEPALIGN_INLINE Float splat(float x) { return _mm512_set1_ps(x); }
+DEEPALIGN_INLINE Float load(const float* from) { return _mm512_loadu_ps(from); }
+DEEPALIGN_INLINE void store(float* to, Float x) { _mm512_storeu_ps(to, x); }
+DEEPALIGN_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+DEEPALIGN_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where either is NaN
+DEEPALIGN_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
+
+DEEPALIGN_INLINE Mask greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+DEEPALIGN_INLINE Mask greater_equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+DEEPALIGN_INLINE Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+DEEPALIGN_INLINE Mask both(Mask a, Mask b) { return Mask(a & b); }
+DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b.first), both(a.second, b.second)}; }
+DEEPALIGN_INLINE Mask all_lanes() { return Mask(0xffff); }
+DEEPALIGN_INLINE Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1u); }
+DEEPALIGN_INLINE bool any(MaskPair mask) { return (mask.first | mask.second) != 0; }
+DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(mask); }
+DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(uint32_t(mask.second) << 16 | mask.first); }
+DEEPALIGN_INLINE float largest_lane(Float x) { return _mm512_reduce_max_ps(x); }
+DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm512_mask_mov_ps(b, mask, a); }
+
+// Entries of two steps' worth of one model, and back.
+DEEPALIGN_INLINE Pair load_pair(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)}; }
+DEEPALIGN_INLINE Pair load_pair(const Half* from) {
+  return {
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from))),
+      _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + kLanes)))};
+}
+DEEPALIGN_INLINE Pair load_pair(const BFloat16* from) {
+  const __m512i both = _mm512_loadu_si512(from);
+  return {
+      _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
+      _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))))};
+}
+DEEPALIGN_INLINE void store_pair(float* to, Pair x) {
+  _mm512_storeu_ps(to, x.first);
+  _mm512_storeu_ps(to + kLanes, x.second);
+}
+DEEPALIGN_INLINE void store_pair(Half* to, Pair x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(x.first, kNearest));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + kLanes), _mm512_cvtps_ph(x.second, kNearest));
+}
+
+#ifndef DEEPALIGN_AVX512_BF16
+// The bfloat16 nearest to each lane in its upper half; the lower half is left over.
+DEEPALIGN_INLINE __m512i rounded_to_bfloat16(Float x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i up = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __m512i nan = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  return _mm512_mask_mov_epi32(up, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), nan);
+}
+#endif
+DEEPALIGN_INLINE void store_pair(BFloat16* to, Pair x) {
+#ifdef DEEPALIGN_AVX512_BF16
+  const __m512i deal = _mm512_set_epi16(
+      31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i packed = (__m512i)_mm512_cvtne2ps_pbh(x.second, x.first);
+  _mm512_storeu_si512(to, _mm512_permutexvar_epi16(deal, packed));
+#else
+  const __m512i low = _mm512_srli_epi32(rounded_to_bfloat16(x.first), 16);
+  const __m512i high = _mm512_and_si512(rounded_to_bfloat16(x.second), _mm512_set1_epi32(int(0xffff0000u)));
+  _mm512_storeu_si512(to, _mm512_or_si512(low, high));
+#endif
+}
+
+// Appends the chosen lanes to `to`, which has room for kLanes more; returns how many.
+DEEPALIGN_INLINE int append(float* to, Mask mask, Float x) {
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(mask, x));
+  return _mm_popcnt_u32(mask);
+}
+DEEPALIGN_INLINE void append(int32_t* to, Mask mask, int32_t first_index, int32_t step) {
+  const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+  const __m512i index = _mm512_add_epi32(_mm512_set1_epi32(first_index), _mm512_mullo_epi32(lane, _mm512_set1_epi32(step)));
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, index));
+}
+
+// sums[lane] += x[lane], in double.
+DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+
+// factor * 2^(scale x - offset): a table of 32 entries times a polynomial of degree 2, relative error 1e-7.
+//
+// z = scale x rounded down to a multiple of 1/32 (added to a number whose last place is 1/32), f = scale x - z in
+// [0, 1/32) without rounding, 2^(scale x) = 2^floor(z) * table[32 z mod 32] * P(f). P is monic: its leading coefficient
+// is in the table, as are 2^-offset and the factor, which therefore cost nothing. vscalef takes floor itself, gives 0
+// and infinity at the ends and passes NaN on. Right for |scale x| < 2^17; below that it gives 0.
+class Exponential {
+ public:
+  static constexpr int kMaxOffset = 100;  // 2^-offset is in a float's range, with room for the factor
+
+  Exponential(float scale, int offset, float factor = 1.0f) : scale_(splat(scale)) {
+    const double common = double(factor) * double(bit_cast<float>(uint32_t(127 - offset) << 23)) * kLeading;
+    alignas(64) float table[32];
+    for (int i = 0; i < 32; ++i) table[i] = float(kExp2Table[i] * common);
+    low_ = _mm512_load_ps(table);
+    high_ = _mm512_load_ps(table + 16);
+  }
+
+  DEEPALIGN_INLINE Float operator()(Float x) const {
+    const Parts parts = split(x);
+    return _mm512_mul_ps(parts.scaled, parts.polynomial);
+  }
+
+  DEEPALIGN_INLINE Float add_to(Float sum, Float x) const {
+    const Parts parts = split(x);
+    return _mm512_fmadd_ps(parts.scaled, parts.polynomial, sum);
+  }
+
+  // The value, added to the sum as add_to does: equal models have equal sums.
+  DEEPALIGN_INLINE Float value_and_add(Float x, Float& sum) const {
+    const Parts parts = split(x);
+    sum = _mm512_fmadd_ps(parts.scaled, parts.polynomial, sum);
+    return _mm512_mul_ps(parts.scaled, parts.polynomial);
+  }
+
+ private:
+  // Minimax 2^f on [0, 1/32], 5.3e-8: kLeading (f (f + kLinear) + kConstant), the first fitted to the others' rounding.
+  static constexpr float kLinear = 2.854203541284429f, kConstant = 4.117927410559087f;
+  static constexpr double kLeading = 1.0000000529325517 / double(kConstant);
+
+  struct Parts {
+    Float scaled, polynomial;
+  };
+
+  DEEPALIGN_INLINE Parts split(Float x) const {
+    const Float magic = splat(0x1.8p18f);
+    const Float shifted = _mm512_fmadd_round_ps(x, scale_, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const Float z = _mm512_sub_ps(shifted, magic);
+    const Float f = _mm512_fmsub_ps(x, scale_, z);
+    const Float entry = _mm512_permutex2var_ps(low_, _mm512_castps_si512(shifted), high_);
+    const Float polynomial = _mm512_fmadd_ps(f, _mm512_add_ps(f, splat(kLinear)), splat(kConstant));
+    return {_mm512_scalef_ps(entry, z), polynomial};
+  }
+
+  Float scale_, low_, high_;
+};
+
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign

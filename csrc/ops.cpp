@@ -1,0 +1,178 @@
+// The CPU kernels of the ops in namespace deepalign. Their schemas, fake kernels and autograd are in Python
+// (deepalign/kernels/*/op.py), where the kernels of other devices join them.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "check.h"
+
+namespace deepalign {
+namespace {
+
+Parallel parallel() {
+  return {int(torch::stable::get_num_threads()), [](int64_t count, void (*body)(void*, int64_t, int64_t), void* context) {
+            torch::stable::parallel_for(0, count, 1, [&](int64_t first, int64_t last) { body(context, first, last); });
+          }};
+}
+
+Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// ---- completion loss
+
+struct LossOutputs {
+  Tensor loss, kl, completion, alpha, count, indices;
+};
+
+LossOutputs completion_loss(const Tensor& student, const Tensor& aligned, const Tensor& base, const Tensor& kl_weight,
+                            const Tensor& completion_weight, const std::optional<Tensor>& given, CompletionLossArgs args,
+                            Tensor* gradient) {
+  STD_TORCH_CHECK(student.dim() == 2, "deepalign: student must be (rows, vocabulary)");
+  args.dtype = check_dtype(student);
+  args.rows = student.size(0), args.width = student.size(1);
+  check_vocab_size(args.vocab_size, student);
+  args.student = check_logits("student", student, student);
+  args.aligned = check_logits("aligned", aligned, student);
+  args.base = check_logits("base", base, student);
+  args.kl_weight = check_per_row<float>("kl_weight", kl_weight, ScalarType::Float, args.rows);
+  args.completion_weight = check_per_row<float>("completion_weight", completion_weight, ScalarType::Float, args.rows);
+  if (given) {
+    args.top_k = given->size(1);
+    args.given = check_per_row<int64_t>("top_k_indices", *given, ScalarType::Long, args.rows, args.top_k);
+  } else {
+    check_top("top_k", args.top_k, args.vocab_size);
+  }
+  if (gradient) {
+    const Logits out = check_logits("gradient", *gradient, student);
+    args.gradient = const_cast<void*>(out.data), args.gradient_stride = out.row_stride;
+  }
+  LossOutputs out{empty(student, {args.rows}, ScalarType::Float), empty(student, {args.rows}, ScalarType::Float),
+                  empty(student, {args.rows}, ScalarType::Float), empty(student, {args.rows}, ScalarType::Float),
+                  empty(student, {args.rows}, ScalarType::Long), empty(student, {args.rows, args.top_k}, ScalarType::Long)};
+  args.loss = data<float>(out.loss), args.kl = data<float>(out.kl), args.completion = data<float>(out.completion);
+  args.alpha = data<float>(out.alpha), args.count = data<int64_t>(out.count), args.indices = data<int64_t>(out.indices);
+  kernels().completion_loss(args, parallel());
+  return out;
+}
+
+CompletionLossArgs loss_options(int64_t top_k, double teacher_mix, double temperature, double alpha_base, double gamma,
+                                double lambda_reg, bool teacher_student, bool favored_from_student, bool centered_square,
+                                int64_t vocab_size) {
+  CompletionLossArgs args{};
+  args.top_k = top_k, args.teacher_mix = teacher_mix, args.temperature = temperature, args.alpha_base = alpha_base;
+  args.gamma = gamma, args.lambda_reg = lambda_reg, args.teacher_student = teacher_student;
+  args.favored_from_student = favored_from_student, args.centered_square = centered_square, args.vocab_size = vocab_size;
+  return args;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completion_loss_new(
+    Tensor student, Tensor aligned, Tensor base, Tensor kl_weight, Tensor completion_weight, std::optional<Tensor> given,
+    int64_t top_k, double teacher_mix, double temperature, double alpha_base, double gamma, double lambda_reg,
+    bool teacher_student, bool favored_from_student, bool centered_square, int64_t vocab_size, bool with_gradient) {
+  const CompletionLossArgs args = loss_options(top_k, teacher_mix, temperature, alpha_base, gamma, lambda_reg, teacher_student,
+                                               favored_from_student, centered_square, vocab_size);
+  Tensor gradient = empty(student, {with_gradient ? student.size(0) : 0, student.size(1)}, student.scalar_type());
+  const LossOutputs out =
+      completion_loss(student, aligned, base, kl_weight, completion_weight, given, args, with_gradient ? &gradient : nullptr);
+  return {out.loss, out.kl, out.completion, out.alpha, out.count, out.indices, gradient};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completion_loss_into(
+    Tensor student, Tensor aligned, Tensor base, Tensor kl_weight, Tensor completion_weight, std::optional<Tensor> given,
+    int64_t top_k, double teacher_mix, double temperature, double alpha_base, double gamma, double lambda_reg,
+    bool teacher_student, bool favored_from_student, bool centered_square, int64_t vocab_size,
+    std::optional<Tensor> gradient) {
+  const CompletionLossArgs args = loss_options(top_k, teacher_mix, temperature, alpha_base, gamma, lambda_reg, teacher_student,
+                                               favored_from_student, centered_square, vocab_size);
+  const LossOutputs out = completion_loss(student, aligned, base, kl_weight, completion_weight, given, args,
+                                          gradient ? &*gradient : nullptr);
+  return {out.loss, out.kl, out.completion, out.alpha, out.count, out.indices};
+}
+
+// ---- position statistics
+
+template <class Args>
+Args pair_of_models(const Tensor& aligned, const Tensor& base, int64_t vocab_size) {
+  STD_TORCH_CHECK(aligned.dim() == 2, "deepalign: aligned must be (rows, vocabulary)");
+  check_vocab_size(vocab_size, aligned);
+  Args args{};
+  args.dtype = check_dtype(aligned);
+  args.rows = aligned.size(0), args.vocab_size = vocab_size;
+  args.aligned = check_logits("aligned", aligned, aligned);
+  args.base = check_logits("base", base, aligned);
+  return args;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> position_divergence(Tensor aligned, Tensor base, int64_t top_n,
+                                                                               int64_t vocab_size) {
+  auto args = pair_of_models<PositionDivergenceArgs>(aligned, base, vocab_size);
+  check_top("top_n", top_n, vocab_size);
+  args.top_n = top_n;
+  Tensor kl = empty(aligned, {args.rows}, ScalarType::Float), reverse_kl = empty(aligned, {args.rows}, ScalarType::Float);
+  Tensor jsd = empty(aligned, {args.rows}, ScalarType::Float), overlap = empty(aligned, {args.rows}, ScalarType::Float);
+  Tensor count = empty(aligned, {args.rows}, ScalarType::Long), in_top = empty(aligned, {args.rows}, ScalarType::Long);
+  args.kl = data<float>(kl), args.reverse_kl = data<float>(reverse_kl), args.jsd = data<float>(jsd);
+  args.top_overlap = data<float>(overlap), args.favored_count = data<int64_t>(count);
+  args.favored_in_top = data<int64_t>(in_top);
+  kernels().position_divergence(args, parallel());
+  return {kl, reverse_kl, jsd, overlap, count, in_top};
+}
+
+std::tuple<Tensor, Tensor, Tensor> base_favored_tokens(Tensor aligned, Tensor base, int64_t top_k, int64_t vocab_size) {
+  auto args = pair_of_models<BaseFavoredTokensArgs>(aligned, base, vocab_size);
+  check_top("top_k", top_k, vocab_size);
+  args.top_k = top_k;
+  Tensor indices = empty(aligned, {args.rows, top_k}, ScalarType::Long);
+  Tensor differences = empty(aligned, {args.rows, top_k}, ScalarType::Float);
+  Tensor count = empty(aligned, {args.rows}, ScalarType::Long);
+  args.indices = data<int64_t>(indices), args.differences = data<float>(differences), args.count = data<int64_t>(count);
+  kernels().base_favored_tokens(args, parallel());
+  return {indices, differences, count};
+}
+
+// ---- sampler
+
+std::tuple<Tensor, Tensor> contrastive_sample(Tensor aligned, Tensor base, Tensor uniforms, double alpha, double temperature,
+                                              int64_t top_k, double top_p, double min_p, bool log_space, int64_t vocab_size) {
+  STD_TORCH_CHECK(alpha >= 0 && temperature >= 0, "deepalign: alpha and temperature must not be negative");
+  STD_TORCH_CHECK(top_p > 0 && top_p <= 1, "deepalign: top_p must be in (0, 1]");
+  STD_TORCH_CHECK(min_p >= 0 && min_p <= 1, "deepalign: min_p must be in [0, 1]");
+  auto args = pair_of_models<ContrastiveSampleArgs>(aligned, base, vocab_size);
+  if (top_k != 0) check_top("top_k", top_k, vocab_size);
+  args.uniforms = check_per_row<double>("uniforms", uniforms, ScalarType::Double, args.rows);
+  args.alpha = alpha, args.temperature = temperature, args.log_space = log_space;
+  args.top_k = top_k, args.top_p = top_p, args.min_p = min_p;
+  Tensor token_ids = empty(aligned, {args.rows}, ScalarType::Long);
+  Tensor logprobs = empty(aligned, {args.rows}, ScalarType::Float);
+  args.token_ids = data<int64_t>(token_ids), args.logprobs = data<float>(logprobs);
+  kernels().contrastive_sample(args, parallel());
+  return {token_ids, logprobs};
+}
+
+// ---- which instruction set serves
+
+std::string cpu_isa() { return instruction_set(); }
+
+}  // namespace
+}  // namespace deepalign
+
+STABLE_TORCH_LIBRARY_IMPL(deepalign, CPU, m) {
+  m.impl("completion_loss", TORCH_BOX(&deepalign::completion_loss_new));
+  m.impl("completion_loss_", TORCH_BOX(&deepalign::completion_loss_into));
+  m.impl("position_divergence", TORCH_BOX(&deepalign::position_divergence));
+  m.impl("base_favored_tokens", TORCH_BOX(&deepalign::base_favored_tokens));
+  m.impl("contrastive_sample", TORCH_BOX(&deepalign::contrastive_sample));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(deepalign, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&deepalign::cpu_isa));
+}

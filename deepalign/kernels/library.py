@@ -1,0 +1,48 @@
+"""The ops of namespace `deepalign`, as `torch.library` knows them.
+
+Schemas, fake kernels and autograd are written in Python, one `op.py` per operation; the kernels of each device join
+under the op's name: the CPU's are compiled (`csrc/`) and register themselves when the extension is loaded here.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+# Also keeps the registrations alive.
+LIBRARY = torch.library.Library("deepalign", "FRAGMENT")
+
+
+def _load_native() -> str | None:
+    """Load the compiled CPU kernels; the reason why they cannot run, None if they can."""
+    found = sorted(Path(__file__).resolve().parent.parent.glob("_native*.so"))
+    if not found:
+        return (
+            "the native kernels were not built (install deepalign where torch is installed and a C++17 compiler is "
+            "at hand: pip install .)"
+        )
+    try:
+        torch.ops.load_library(str(found[0]))
+        torch.ops.deepalign.cpu_isa()
+    except (OSError, RuntimeError) as error:
+        return f"the native kernels in {found[0].name} do not load: {error}"
+    return None
+
+
+LIBRARY.define("cpu_isa() -> str")
+WHY_NO_NATIVE = _load_native()
+
+
+def cpu_isa() -> str | None:
+    """The instruction set that serves on the CPU ("avx512", "avx2" or "portable"), None without native kernels.
+
+    It is the best that the processor runs; the environment variable DEEPALIGN_CPU_ISA, read once, forces another.
+    """
+    return None if WHY_NO_NATIVE else torch.ops.deepalign.cpu_isa()
+
+
+def dense_rows(logits: Tensor) -> Tensor:
+    """(..., V) as (N, V) with stride 1 in the vocabulary, which compiled kernels take; copied only if it must be."""
+    if logits.dim() != 2:
+        logits = logits.reshape(-1, logits.shape[-1])
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()

@@ -1,0 +1,34 @@
+"""The position statistics as `torch.library` ops: schemas and fake kernels; kernels join them per device.
+
+They have no gradient.
+"""
+
+import torch
+from torch import Tensor
+
+from deepalign.kernels.library import LIBRARY
+
+LIBRARY.define(
+    "position_divergence(Tensor aligned, Tensor base, int top_n, SymInt vocab_size) -> (Tensor kl, Tensor reverse_kl, "
+    "Tensor jsd, Tensor top_overlap, Tensor favored_count, Tensor favored_in_top)"
+)
+LIBRARY.define(
+    "base_favored_tokens(Tensor aligned, Tensor base, int top_k, SymInt vocab_size) -> (Tensor indices, "
+    "Tensor differences, Tensor count)"
+)
+
+
+@torch.library.register_fake("deepalign::position_divergence", lib=LIBRARY)
+def _fake_divergence(aligned: Tensor, base: Tensor, top_n: int, vocab_size: int) -> tuple[Tensor, ...]:
+    rows = aligned.shape[0]
+    return tuple(aligned.new_empty(rows, dtype=dtype) for dtype in [torch.float32] * 4 + [torch.int64] * 2)
+
+
+@torch.library.register_fake("deepalign::base_favored_tokens", lib=LIBRARY)
+def _fake_favored(aligned: Tensor, base: Tensor, top_k: int, vocab_size: int) -> tuple[Tensor, ...]:
+    rows = aligned.shape[0]
+    return (
+        aligned.new_empty(rows, top_k, dtype=torch.int64),
+        aligned.new_empty(rows, top_k, dtype=torch.float32),
+        aligned.new_empty(rows, dtype=torch.int64),
+    )

@@ -1,0 +1,206 @@
+"""The sampler on vocabularies of many blocks: every way of finding what filters keep, threads, bad entries anywhere."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepalign.kernels.contrastive_sample import contrastive_logits, contrastive_sample
+from deepalign.kernels.library import WHY_NO_NATIVE
+from tests.kernels.sampler_oracle import BELOW_ONE, RUNNABLE, random_uniforms, two_models
+
+VOCAB = 20011  # a prime: the last block is odd
+PATTERNS = ("peaked", "flat", "equal", "ascending", "descending", "few_values", "masked", "huge", "lowered")
+FILTERS = (
+    {},
+    {"top_k": 1},
+    {"top_k": 50, "top_p": 0.9},
+    {"top_k": 2048},
+    {"top_k": 2049},
+    {"top_k": VOCAB - 1, "top_p": 0.999},
+    {"top_k": 7000, "top_p": 0.3, "min_p": 0.05},
+    {"top_p": 0.9},
+    {"top_p": 0.9999, "min_p": 1e-3},
+    {"top_p": 1e-7},
+    {"min_p": 0.02},
+    {"min_p": 1.0},
+)
+
+each_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
+
+
+def models_like(pattern: str, dtype: torch.dtype) -> list[Tensor]:
+    """Aligned and base logits of one row, (VOCAB,) each."""
+    aligned, base = two_models(VOCAB, peaked=pattern != "flat")
+    ramp = torch.linspace(-20, 5, VOCAB)
+    if pattern == "equal":
+        aligned, base = torch.full_like(aligned, 1.25), torch.full_like(base, -3.0)
+    elif pattern in ("ascending", "descending"):
+        aligned = base = ramp if pattern == "ascending" else ramp.flip(0)
+    elif pattern == "few_values":
+        aligned, base = aligned.div(8).round(), base.div(8).round()
+    elif pattern == "masked":
+        for model in (aligned, base):
+            model[::3] = -math.inf
+            model[:2000] = -math.inf
+    elif pattern == "huge":
+        aligned, base = 1e3 + 30 * aligned, 30 * base - 1e3
+    elif pattern == "lowered":  # the largest of aligned's are far down in x
+        base = torch.where(aligned > 5, aligned + 100, base)
+    return [aligned.to(dtype), base.to(dtype)]
+
+
+def kept_weights(x_V: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
+    """(V,) float64, the largest 1, and 0 for what the filters do not keep."""
+    weight_V = ((x_V.double() - x_V.max().double()) / temperature).exp()
+    order_V = torch.where(x_V == 0, 0.0, x_V).sort(descending=True, stable=True).indices
+    order_K = order_V[: top_k or len(x_V)]
+    before_K = weight_V[order_K].cumsum(0) - weight_V[order_K]
+    if top_p < 1:
+        order_K = order_K[before_K < top_p * weight_V[order_K].sum() * (1 - 1e-15)]
+    kept_V = torch.zeros_like(weight_V).scatter(0, order_K, weight_V[order_K])
+    return torch.where(kept_V >= min_p, kept_V, 0.0)
+
+
+@pytest.mark.parametrize("filters", FILTERS, ids=str)
+@pytest.mark.parametrize("pattern", PATTERNS)
+@each_implementation
+def test_what_is_kept_and_drawn(implementation: str, pattern: str, filters: dict[str, float]) -> None:
+    dtype = {"masked": torch.float16, "huge": torch.float32, "equal": torch.float32}.get(pattern, torch.bfloat16)
+    aligned, base = models_like(pattern, dtype)
+    uniforms = torch.cat([random_uniforms(6), torch.tensor([0.0, BELOW_ONE], dtype=torch.float64)])
+    for space, temperature in (("logits", 0.7), ("logprobs", 1.5)):
+        options = {"alpha": 0.75, "space": space}
+        rows = (model.expand(len(uniforms), -1) for model in (aligned, base))
+        result = contrastive_sample(
+            *rows, uniforms=uniforms, temperature=temperature, implementation=implementation, **options, **filters
+        )
+        weight_V = kept_weights(contrastive_logits(aligned, base, **options), temperature, **filters)
+        share_V = weight_V / weight_V.sum()
+        cdf_V = share_V.cumsum(0)
+        # x of logits near 1e5 is rounded to 1/128
+        tolerance = 2e-2 if pattern == "huge" else 1e-5
+        for uniform, token, logprob in zip(uniforms.tolist(), *map(Tensor.tolist, result), strict=True):
+            share = float(share_V[token])
+            assert share > 0, f"token {token} was not kept"
+            assert logprob == pytest.approx(math.log(share), abs=tolerance)
+            assert cdf_V[token] - share - tolerance <= uniform <= cdf_V[token] + tolerance
+
+
+@pytest.mark.parametrize("top_p", [0.25, 0.75, 1.0])
+@pytest.mark.parametrize("top_k", [0, 100, 3000, 10000])
+@each_implementation
+def test_ties_are_kept_in_index_order(implementation: str, top_k: int, top_p: float) -> None:
+    """Of equal entries exactly the first are kept, however many, and wherever they are."""
+    logits = torch.full((VOCAB,), -1000.0)
+    tied = torch.arange(5, VOCAB, 2)
+    logits[tied] = 3.0
+    uniforms = torch.tensor([0.0, 0.5, BELOW_ONE], dtype=torch.float64)
+    rows = logits.expand(3, -1)
+    options = {"top_k": top_k, "top_p": top_p, "implementation": implementation}
+    result = contrastive_sample(rows, rows, alpha=1.0, uniforms=uniforms, **options)
+    kept = math.ceil(top_p * min(top_k or len(tied), len(tied)))
+    assert result.token_ids.tolist() == tied[[0, kept // 2, kept - 1]].tolist()
+    assert result.logprobs.tolist() == pytest.approx([-math.log(kept)] * 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("top_k", [1, 7, 300, 4000])
+@each_implementation
+def test_top_k_keeps_exactly_k_of_nearly_equal_entries(implementation: str, top_k: int) -> None:
+    """At a temperature so high that all weights are 1, the log-probability counts what is kept."""
+    for pattern in ("peaked", "ascending", "few_values"):
+        aligned, base = models_like(pattern, torch.float32)
+        result = contrastive_sample(
+            aligned, base, alpha=1.0, temperature=1e9, top_k=top_k, implementation=implementation
+        )
+        assert float(result.logprobs) == pytest.approx(-math.log(top_k), rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("implementation", [name for name in RUNNABLE if name != "reference"])
+def test_the_number_of_threads_changes_nothing(implementation: str) -> None:
+    models = two_models(5, 70001, dtype=torch.bfloat16)
+    models[0][1, ::5] = models[1][1, ::5] = -math.inf
+    uniforms, before = random_uniforms(5), torch.get_num_threads()
+    filters = ({}, {"top_k": 50, "top_p": 0.9}, {"top_k": 4000}, {"top_p": 0.95}, {"min_p": 1e-3}, {"temperature": 0.0})
+
+    def samples() -> list[list[Tensor]]:
+        options = {"alpha": 0.9, "uniforms": uniforms, "implementation": implementation}
+        return [list(contrastive_sample(*models, **options, **chosen)) for chosen in filters]
+
+    try:
+        torch.set_num_threads(1)
+        expected = samples()
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            for actual, wanted in zip(samples(), expected, strict=True):
+                assert torch.equal(actual[0], wanted[0])
+                assert torch.equal(actual[1], wanted[1])
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("where", [0, 1])
+@each_implementation
+def test_a_bad_entry_anywhere_spoils_its_row_only(implementation: str, where: int, value: float) -> None:
+    places = (0, 31, 32, 63, 64, 511, 512, 700, 1029, 1030)
+    models = two_models(len(places) + 1, 1031, dtype=torch.bfloat16)
+    for row, place in enumerate(places):
+        models[where][row, place] = value
+    for options in ({}, {"top_k": 20}, {"top_p": 0.9}, {"temperature": 0.0}):
+        result = contrastive_sample(*models, alpha=0.5, implementation=implementation, **options)
+        assert result.token_ids[:-1].tolist() == [-1] * len(places)
+        assert bool(result.logprobs[:-1].isnan().all())
+        assert 0 <= int(result.token_ids[-1]) < 1031
+        assert float(result.logprobs[-1]) <= 0
+
+
+@pytest.mark.parametrize("shift", [8.0, 1000.0])
+@each_implementation
+def test_a_shift_of_the_base_model_changes_nothing(implementation: str, shift: float) -> None:
+    """Not even a bit: nothing is favored that was not, and nothing lowered by rounding."""
+    aligned, _ = (model.mul(4).round() for model in two_models(4, 5000))
+    options = {"uniforms": random_uniforms(4), "top_p": 0.9, "space": "logprobs", "implementation": implementation}
+    expected = contrastive_sample(aligned, aligned, alpha=3.0, **options)
+    shifted = contrastive_sample(aligned, aligned + shift, alpha=3.0, **options)
+    assert torch.equal(shifted.token_ids, expected.token_ids)
+    assert torch.equal(shifted.logprobs, expected.logprobs)
+
+
+native = pytest.mark.skipif(WHY_NO_NATIVE is not None, reason=str(WHY_NO_NATIVE))
+
+
+@native
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_opcheck(top_k: int) -> None:
+    aligned, base = two_models(3, 50, dtype=torch.bfloat16)
+    arguments = (aligned, base, random_uniforms(3), 0.5, 0.8, top_k, 0.9, 0.01, False, 45)
+    torch.library.opcheck(torch.ops.deepalign.contrastive_sample.default, arguments)
+
+
+@native
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({0: torch.zeros(3, 50, dtype=torch.float64)}, "logits must be float32, bfloat16 or float16"),
+        ({1: torch.zeros(3, 49)}, "base differs in shape"),
+        ({1: torch.zeros(50, 3).t()}, "base must have stride 1"),
+        ({2: torch.zeros(2, dtype=torch.float64)}, "uniforms must be"),
+        ({2: torch.zeros(3)}, "uniforms must be"),
+        ({3: -1.0}, "alpha and temperature must not be negative"),
+        ({4: math.nan}, "alpha and temperature must not be negative"),
+        ({5: 51}, "top_k must be in"),
+        ({5: -1}, "top_k must be in"),
+        ({6: 0.0}, "top_p must be in"),
+        ({7: math.nan}, "min_p must be in"),
+        ({9: 51}, "vocab_size must be in"),
+    ],
+)
+def test_the_op_itself_reads_nothing_out_of_bounds(change: dict[int, object], message: str) -> None:
+    arguments = [torch.zeros(3, 50), torch.zeros(3, 50), random_uniforms(3), 0.5, 0.8, 5, 0.9, 0.01, False, 50]
+    torch.ops.deepalign.contrastive_sample(*arguments)
+    for place, value in change.items():
+        arguments[place] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.deepalign.contrastive_sample(*arguments)

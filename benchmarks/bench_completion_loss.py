@@ -1,65 +1,47 @@
-"""Time of the completion loss, per implementation, vocabulary and mode; run by `make bench` (CPU) and `make gpu`.
+"""Time of the completion loss per case, implementation and mode, against its peers.
 
-Peaked logits, as language models give them: a normal background with a few large entries. One round is one call on
-fresh gradients; times are medians over rounds. `ns_per_element` in the saved JSON divides by rows x vocabulary.
+`make bench` runs these on the CPU, `make gpu` those marked `gpu`. Every implementation that can run joins by itself.
 """
 
-import os
-from collections.abc import Callable
-
 import pytest
-import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from deepalign import CompletionLossConfig, fused_completion_loss
-from deepalign.kernels.completion_loss import IMPLEMENTATIONS
+from benchmarks.cases import GPU_LOSS_CASES, LOSS_CASES, WORST_CASES, Case, sized
+from benchmarks.contestants import MODES, LossContestants, runnable
+from benchmarks.environment import row_environment
+from benchmarks.interleaved import compete
+from benchmarks.peers import loss_peers
 
-VOCABULARIES = {"llama2": 32000, "llama3": 128256}
-ROWS = {"cpu": 16, "cuda": 2048}
-RUNNABLE = [name for name, found in IMPLEMENTATIONS.items() if not isinstance(found, str)]
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-def peaked_logits(rows: int, vocab: int, dtype: torch.dtype, device: str) -> list[torch.Tensor]:
-    """Student, aligned and base logits (rows, vocab) that share their peaks, as models of one family do."""
-    generator = torch.Generator(device).manual_seed(0)
-    shared = torch.randn(rows, vocab, generator=generator, device=device) * 2
-    peaks = torch.randint(vocab, (rows, 20), generator=generator, device=device)
-    shared.scatter_add_(1, peaks, torch.full(peaks.shape, 10.0, device=device))
-    return [(shared + 0.5 * torch.randn(rows, vocab, generator=generator, device=device)).to(dtype) for _ in range(3)]
+OPERATION = "completion_loss"
 
 
-def timed_call(device: str, call: Callable[[], object]) -> Callable[[], None]:
-    """`call`, finished when it returns."""
+def compare(benchmark: BenchmarkFixture, case: Case, implementation: str, mode: str) -> None:
+    """One row of the results. Forward only also competes with the same implementation's forward + backward."""
+    contestants = LossContestants(sized(case))
+    peers = {name: contestants.peer(loss, mode) for name, loss in loss_peers().items()}
+    if mode == "forward":
+        peers["forward_backward"] = contestants.library(implementation, "forward_backward")
+    benchmark.extra_info |= {"operation": OPERATION, "case": str(sized(case)), "mode": mode}
+    benchmark.extra_info |= row_environment(implementation, case.device)
+    compete(benchmark, contestants.library(implementation, mode), peers, elements=sized(case).elements)
 
-    def run() -> None:
-        call()
-        if device == "cuda":
-            torch.cuda.synchronize()
 
-    return run
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("implementation", runnable(OPERATION, "cpu"))
+@pytest.mark.parametrize("case", LOSS_CASES, ids=str)
+def test_completion_loss(benchmark: BenchmarkFixture, case: Case, implementation: str, mode: str) -> None:
+    compare(benchmark, case, implementation, mode)
 
 
-@pytest.mark.parametrize("mode", ["forward", "forward_backward"])
-@pytest.mark.parametrize("family", VOCABULARIES)
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("implementation", RUNNABLE)
-def test_completion_loss(benchmark: BenchmarkFixture, implementation: str, device: str, family: str, mode: str) -> None:
-    rows, vocab = ROWS[device], VOCABULARIES[family]
-    student, aligned, base = peaked_logits(rows, vocab, torch.bfloat16, device)
-    student.requires_grad_(mode == "forward_backward")
-    config = CompletionLossConfig()
+@pytest.mark.parametrize("implementation", runnable(OPERATION, "cpu"))
+@pytest.mark.parametrize("case", WORST_CASES, ids=str)
+def test_completion_loss_at_worst(benchmark: BenchmarkFixture, case: Case, implementation: str) -> None:
+    compare(benchmark, case, implementation, "forward_backward")
 
-    def step() -> None:
-        student.grad = None
-        output = fused_completion_loss(
-            student, aligned, base, config=config, reduction="sum", implementation=implementation
-        )
-        if mode == "forward_backward":
-            output.loss.backward()
 
-    benchmark.extra_info |= {"rows": rows, "vocab": vocab, "dtype": "bfloat16", "device": device}
-    benchmark.extra_info |= {"threads": torch.get_num_threads(), "allocator": os.environ.get("LD_PRELOAD", "default")}
-    benchmark.pedantic(timed_call(device, step), rounds=5, warmup_rounds=1)
-    if benchmark.stats is not None:
-        benchmark.extra_info["ns_per_element"] = benchmark.stats.stats.median * 1e9 / (rows * vocab)
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("implementation", runnable(OPERATION, "cuda"))
+@pytest.mark.parametrize("case", GPU_LOSS_CASES, ids=str)
+def test_completion_loss_on_gpu(benchmark: BenchmarkFixture, case: Case, implementation: str, mode: str) -> None:
+    compare(benchmark, case, implementation, mode)

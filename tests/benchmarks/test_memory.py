@@ -1,0 +1,88 @@
+"""The allocator's two settings, and peak memory against calls that hold a known amount.
+
+Each in a process of its own: the settings are the process's.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import allocator
+
+ROOT = Path(__file__).parents[2]
+PRELUDE = """
+import json, torch
+from benchmarks import allocator
+from benchmarks.interleaved import Contestant
+from benchmarks.peak_memory import peak_extra_bytes
+torch.set_num_threads(1)
+x = torch.randn(32, 1 << 20).bfloat16()  # 64 MiB
+"""
+needs_linux = pytest.mark.skipif(
+    not (sys.platform == "linux" and allocator._glibc() is not None), reason="needs glibc's malloc on Linux"
+)
+
+
+def in_a_process(code: str) -> dict[str, float]:
+    command = [sys.executable, "-c", PRELUDE + code]
+    return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+
+
+@needs_linux
+def test_kept_memory_is_not_faulted_in_again() -> None:
+    found = in_a_process("""
+def faults():
+    before = allocator.page_faults()
+    for _ in range(3): (x.float() + 1).exp().sum()
+    return allocator.page_faults() - before
+faults()
+found = {"default": faults()}
+allocator.keep_memory()
+kept = [faults() for _ in range(10)]  # the heap grows to its size in the first ones
+found |= {"kept": kept[-1], "told": "M_MMAP_MAX=0" in allocator.description()}
+print(json.dumps(found))
+""")
+    assert found["default"] > 100
+    assert found["kept"] < 20
+    assert found["told"]
+
+
+@needs_linux
+def test_peak_memory_of_known_calls() -> None:
+    found = in_a_process("""
+assert allocator.return_memory()
+held, kept = [], []
+def three():
+    y = x.float()      # 2 logits tensors
+    y.exp().sum()      # 2 more
+def in_turn():
+    for _ in range(5): x.clone()
+def hold(): held.append(x.clone())
+calls = {"nothing": Contestant(lambda: None), "one": Contestant(lambda: x.clone()), "three": Contestant(three)}
+calls |= {"in_turn": Contestant(in_turn), "held": Contestant(hold, held.clear)}
+calls |= {"untouched": Contestant(lambda: torch.empty_like(x))}
+print(json.dumps({name: peak_extra_bytes(call) / x.nbytes for name, call in calls.items()}))
+""")
+    expected = {"nothing": 0.0, "one": 1.0, "three": 4.0, "in_turn": 1.0, "held": 1.0, "untouched": 0.0}
+    assert found == pytest.approx(expected, abs=0.008)  # half a MiB
+
+
+@needs_linux
+def test_a_row_of_peak_memory() -> None:
+    options = "--contestant=eager_tuned --mode=forward_backward --rows=64 --vocab=32000"
+    command = [sys.executable, "-m", "benchmarks.peak_memory", *options.split()]
+    row = json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout)
+    assert row["logits_mib"] == 64 * 32000 * 2 / 2**20
+    # the gradient, and fp32 temporaries of eight rows out of 64: fewer than ten of them at once
+    assert 1.0 < row["peak_extra_logits"] < 1.0 + 10 * 2 * 8 / 64
+    assert (row["implementation"], row["mode"]) == ("eager_tuned", "forward_backward")
+    assert "M_MMAP_THRESHOLD" in row["allocator"]
+
+
+def test_peak_memory_refuses_what_is_no_dtype(capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-m", "benchmarks.peak_memory", "--contestant=eager", "--mode=forward", "--dtype=save"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 2
+    assert "--dtype is 'save'" in capfd.readouterr().err

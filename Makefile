@@ -7,16 +7,21 @@ DEMO_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+NATIVE := deepalign/_native.abi3.so
+BENCH_FLAGS ?=
+# Instruction sets under which the native kernels are tested, where the processor has them.
+ISAS ?= avx512 avx2 portable
 
-.PHONY: help install demo test check bench gpu clean
+.PHONY: help install demo test test-isas check bench sanitize gpu clean
 help:
-	@echo "make demo   build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
-	@echo "make test   the test suite (CPU)"
-	@echo "make check  ruff and mypy"
-	@echo "make bench  benchmarks (CPU)"
-	@echo "make gpu    tests and benchmarks that need a GPU; results in benchmarks/results/"
+	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
+	@echo "make test      the test suite (CPU), the native kernels under every instruction set"
+	@echo "make check     ruff and mypy"
+	@echo "make bench     benchmarks (CPU); results, table and plot in benchmarks/results/"
+	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
+	@echo "make gpu       tests and benchmarks that need a GPU; results in benchmarks/results/"
 
-install: $(READY)
+install: $(READY) $(NATIVE)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "== setting up $(VENV): the package with its dev and train extras, versions from constraints.txt"
@@ -31,9 +36,39 @@ demo: $(READY)
 	@echo "== demo: base -> aligned -> completed, attacked at every stage; results in runs/demo/"
 	$(BIN)/deepalign demo $(DEMO_FLAGS)
 
-test: $(READY)
+# Editable installs do not rebuild by themselves. Without a compiler this says so, and the reference serves.
+$(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+	@echo "== building the native CPU kernels"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch -c $(NATIVE)
+
+test: $(READY) $(NATIVE)
 	@echo "== tests"
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@$(MAKE) --no-print-directory test-isas
+
+# What runs the native kernels, under the instruction sets that the run above did not take.
+test-isas: $(NATIVE)
+	@for isa in $(filter-out $(shell $(ISA_OF)),$(ISAS)); do \
+		if test "$$(DEEPALIGN_CPU_ISA=$$isa $(ISA_OF) 2>/dev/null)" = $$isa; then \
+			echo "== tests of the native kernels, $$isa"; \
+			DEEPALIGN_CPU_ISA=$$isa $(BIN)/python -m pytest tests/kernels $(NATIVE_TESTS) $(PYTEST_FLAGS) || exit 1; \
+		else echo "== no tests under $$isa: the kernels do not run on it here"; fi; \
+	done
+ISA_OF = $(BIN)/python -c "from deepalign.kernels.library import cpu_isa; print(cpu_isa() or 'none')"
+NATIVE_TESTS := -q --no-header -k "(native or cpu) and not compile"
+
+# libasan must be there before Python; leaks are Python's own. Tests that start a compiler are left out.
+SANITIZERS := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -O1
+sanitize: $(READY)
+	@echo "== building the native CPU kernels with AddressSanitizer and UBSan"
+	@DEEPALIGN_CXXFLAGS="$(SANITIZERS)" $(BIN)/python setup.py -q build --build-base build/sanitized --build-lib build/sanitized/lib
+	@for isa in $(ISAS); do \
+		echo "== tests under AddressSanitizer and UBSan, $$isa"; \
+		DEEPALIGN_CPU_ISA=$$isa ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+		$(BIN)/python -m pytest -o pythonpath="build/sanitized/lib ." tests/kernels $(NATIVE_TESTS) $(PYTEST_FLAGS) || exit 1; \
+	done
 
 check: $(READY)
 	@echo "== ruff and mypy"
@@ -41,10 +76,10 @@ check: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(READY)
+bench: $(READY) $(NATIVE)
 	@echo "== benchmarks (CPU); results in benchmarks/results/"
-	@mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks -m "not gpu" --benchmark-enable --benchmark-json benchmarks/results/cpu.json $(PYTEST_FLAGS)
+	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json
 
 gpu: $(READY)
 	@echo "== tests and benchmarks that need a GPU; results in benchmarks/results/"

@@ -1,7 +1,9 @@
 """What a user meets first: the import, the command line, the public names."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -35,3 +37,36 @@ def test_the_command_line_refuses_in_one_message(capsys, tmp_path):
     assert capsys.readouterr().err == "error: seeds must be at least 1, got 0\n"
     assert main(["demo", "--config", "nowhere.yaml"]) == 2
     assert "nowhere.yaml" in capsys.readouterr().err
+
+
+def test_it_installs_without_a_compiler_and_says_what_serves(tmp_path):
+    root = Path(deepalign.__file__).resolve().parent.parent
+    if not (root / "setup.py").is_file():
+        pytest.skip("an installed package has no sources to build")
+    build = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    no_compiler = os.environ | dict.fromkeys(("CC", "CXX", "LDSHARED"), "no-such-compiler")
+    built = subprocess.run(build, cwd=root, env=no_compiler, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    assert "the native CPU kernels were not built; the eager reference implementation will serve" in built.stdout
+    code = (
+        "import torch, warnings, deepalign\n"
+        "logits = torch.zeros(2, 9)\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        "    for _ in range(2): deepalign.base_favored_tokens(logits, logits, top_k=2)\n"
+        "assert ['eager reference implementation' in str(w.message) for w in caught] == [True], caught\n"
+        "try: deepalign.base_favored_tokens(logits, logits, top_k=2, implementation='cpu')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
+    ran = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "implementation 'cpu' cannot run: the native kernels were not built" in ran.stdout
+
+
+def test_the_native_kernels_refuse_an_instruction_set_that_does_not_exist():
+    code = "from deepalign.kernels.library import WHY_NO_NATIVE; print(WHY_NO_NATIVE)"
+    environment = os.environ | {"DEEPALIGN_CPU_ISA": "sse9"}
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    if "were not built" not in ran.stdout:
+        assert "DEEPALIGN_CPU_ISA is sse9; expected one of" in ran.stdout

@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -112,7 +112,8 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf, above:
         TypeError: not a real number.
         ValueError: NaN, infinite or too small.
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
+    # The first two say the same; asking an abstract class takes ten times as long.
+    if type(value) is not float and type(value) is not int and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
     number = float(value)
     # Compared rather than given to math.isfinite: under torch.compile the number may be symbolic.
@@ -225,11 +226,13 @@ def choose_implementation(
         RuntimeError: it exists but cannot run; the message has the reason.
     """
     if name is None:
-        preferred = PREFERRED_IMPLEMENTATIONS.get(device.type, ("reference",))
-        name = next(n for n in preferred if _obstacle(implementations, n, device, dtype) is None)
-        if name == "reference":
-            _announce_reference(device, dtype)
+        for preferred in PREFERRED_IMPLEMENTATIONS.get(device.type, ("reference",)):
+            if _obstacle(implementations, preferred, device, dtype) is None:
+                if preferred == "reference":
+                    _announce_reference(device, dtype)
+                return cast(Implementation, implementations[preferred])
     check_choice("implementation", name, tuple(implementations))
+    assert name is not None, "the reference runs anywhere"
     chosen, obstacle = implementations[name], _obstacle(implementations, name, device, dtype)
     if isinstance(chosen, str) or obstacle is not None:
         runnable = tuple(n for n in implementations if _obstacle(implementations, n, device, dtype) is None)
@@ -327,7 +330,7 @@ def check_randomness(generator: torch.Generator | None, uniforms: Tensor | None,
         raise ValueError(
             f"uniforms is on {uniforms.device} and the logits on {logits.device}; expected one device: move it"
         )
-    if can_read_values(uniforms) and not bool(((uniforms >= 0) & (uniforms < 1)).all()):
+    if can_read_values(uniforms) and not all(0 <= value < 1 for value in uniforms.flatten().tolist()):
         raise ValueError("uniforms has an entry outside [0, 1) or NaN; expected values as torch.rand draws them")
 
 

@@ -169,7 +169,7 @@ LossMaskedScan CompletionLossRow<T>::masked_scan() const {
 template <class T>
 template <class Scan>
 LossSums CompletionLossRow<T>::scan_with(const Scan& scan, int64_t segment, GroupMaxima& maxima) const {
-  LossLaneSums sums;
+  LossLaneSums sums(cut_.block);
   for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
     maxima.merge_block(begin, scan_block(scan, begin, sums));
   }
@@ -199,7 +199,7 @@ Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneS
     rest.add(x.s.first, x.a.first, x.b.first, exists.first, block, first);
     rest.add(x.s.second, x.a.second, x.b.second, exists.second, block, second);
   }
-  sums.add(block, begin);
+  sums.template add<Scan::kPlain>(block, begin);
   return {first, second};
 }
 
@@ -227,8 +227,8 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
     scan.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
     scan.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
   }
-  LossLaneSums rounded;
-  rounded.add(rest, begin);
+  LossLaneSums rounded(cut_.block);
+  rounded.template add<false>(rest, begin);
   exact += rounded.total();
   return exact;
 }
@@ -272,7 +272,7 @@ void CompletionLossRow<T>::add_exactly(int64_t begin, int64_t end, LossSums& sum
 template <class T>
 LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   const auto refine = [&](int64_t begin) {
-    LossLaneSums rounded;
+    LossLaneSums rounded(cut_.block);
     careful_ ? scan_block(masked_scan(), begin, rounded) : scan_block(ordinary_scan<false>(), begin, rounded);
     const LossSums before = rounded.total(), after = scan_exactly(begin);
     sums.s += after.s - before.s, sums.t += after.t - before.t;

@@ -18,7 +18,7 @@ namespace DEEPALIGN_ISA {
 // The block in which the largest entries of a distribution lie.
 struct LossPeak {
   float mass = 0;  // of one lane
-  int64_t begin = -1;
+  int64_t begin = 0;
 
   void see(const LossPeak& other) {
     if (other.mass > mass) *this = other;
@@ -59,8 +59,9 @@ struct LossAccumulators {
 };
 
 // Pass 1 over one half of a step. kPlain fixes the default options, so that their loop holds no choice.
-template <bool kPlain>
+template <bool kIsPlain>
 struct LossScan {
+  static constexpr bool kPlain = kIsPlain;
   LossMix mix;
   Exponential exp_s, exp_t, exp_r, exp_b;
 
@@ -88,6 +89,7 @@ struct LossScan {
 // The same under a mask, with maxima subtracted: for careful rows, whose other entries are finite or absent, and for the
 // end of ordinary ones, where whatever is not finite must come through.
 struct LossMaskedScan {
+  static constexpr bool kPlain = false;
   LossMix mix;
   Exponential exp_s, exp_t, exp_r, exp_b;
   Float max_s, max_t, max_r, max_b;
@@ -112,17 +114,42 @@ struct LossMaskedScan {
   }
 };
 
+// A LossPeak per lane; blocks are numbered in floats, which hold 2^24 of them.
+struct LossLanePeak {
+  Float mass, number;
+
+  DEEPALIGN_INLINE void see(Float block_mass, Float block_number) {
+    const Mask larger = greater(block_mass, mass);
+    mass = choose(larger, block_mass, mass), number = choose(larger, block_number, number);
+  }
+  LossPeak of_all_lanes(int64_t block) const {
+    float masses[kLanes], numbers[kLanes];
+    store(masses, mass), store(numbers, number);
+    LossPeak peak;
+    for (int lane = 0; lane < kLanes; ++lane) peak.see({masses[lane], int64_t(numbers[lane]) * block});
+    return peak;
+  }
+};
+
 struct LossLaneSums {
   LaneSum s, t, r, b, divergence, logits;
-  LossPeak peak_s, peak_t;
+  LossLanePeak peak_s, peak_t;
+  int64_t block;
 
-  void add(const LossAccumulators& sums, int64_t block) {
-    s.add(sums.s), t.add(sums.t), r.add(sums.r), b.add(sums.b);
-    divergence.add(sums.divergence), logits.add(sums.logits);
-    peak_s.see({largest_lane(sums.s), block}), peak_t.see({largest_lane(sums.t), block});
+  explicit LossLaneSums(int64_t block) : block(block) {
+    peak_s.mass = peak_s.number = peak_t.mass = peak_t.number = splat(0);
+  }
+  template <bool kPlain>
+  DEEPALIGN_INLINE void add(const LossAccumulators& sums, int64_t begin) {
+    s.add(sums.s), t.add(sums.t), r.add(sums.r), b.add(sums.b), divergence.add(sums.divergence);
+    if (!kPlain) logits.add(sums.logits);
+    const Float number = splat(float(uint32_t(begin) / uint32_t(block)));
+    peak_s.see(sums.s, number), peak_t.see(sums.t, number);
   }
   LossSums total() const {
-    return {s.total(), t.total(), r.total(), b.total(), divergence.total(), logits.total(), peak_s, peak_t};
+    return {s.total(),          t.total(),      r.total(),
+            b.total(),          divergence.total(), logits.total(),
+            peak_s.of_all_lanes(block), peak_t.of_all_lanes(block)};
   }
 };
 

@@ -93,7 +93,7 @@ const T* row_of(const Logits& logits, int64_t row) {
 // A sum of many floats: lanes in double, fed once per block.
 struct LaneSum {
   alignas(64) double lanes[kLanes] = {};
-  void add(Float x) { add_to_double(lanes, x); }
+  DEEPALIGN_INLINE void add(Float x) { add_to_double(lanes, x); }
   double total() const {
     double sum = 0.0;
     for (double lane : lanes) sum += lane;
@@ -142,7 +142,8 @@ class GroupMaxima {
   explicit GroupMaxima(const Cut& cut) : block_(cut.block), slots_(cut.slots), values_(size_t(cut.slots) * kStep) { clear(); }
   void clear() { std::fill(values_.begin(), values_.end(), -kInfinity); }
   void merge_block(int64_t begin, Pair maxima) {
-    float* slot = values_.data() + (begin / block_ % slots_) * kStep;
+    const uint32_t number = uint32_t(begin) / uint32_t(block_) % uint32_t(slots_);  // 64 bits would take twice as long
+    float* slot = values_.data() + size_t(number) * kStep;
     store(slot, max(maxima.first, load(slot)));
     store(slot + kLanes, max(maxima.second, load(slot + kLanes)));
   }

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -51,8 +50,7 @@ class PreallocatedLayer(DynamicLayer):
         for buffer, states in zip(self._buffers, (key_states, value_states), strict=True):
             buffer[:, :, self._length : end] = states
         self._length = end
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order."""
@@ -60,9 +58,22 @@ class PreallocatedLayer(DynamicLayer):
             self._buffers = tuple(buffer[indices] for buffer in self._buffers)  # type: ignore[assignment]
             self._show()
 
-    def _show(self) -> None:
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last columns; `tokens_to_remove` is negative, as for every cache of `transformers`."""
+        assert tokens_to_remove <= 0
+        self._length = max(0, self._length + tokens_to_remove)
+        if self._buffers is not None:
+            self._show()
+
+    def reset(self) -> None:
+        """Forget all columns; the buffers stay."""
+        self.crop(-self._length)
+
+    def _show(self) -> tuple[Tensor, Tensor]:
         assert self._buffers is not None
-        self.keys, self.values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        keys, values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def new_cache(model: PreTrainedModel, capacity: int | None) -> Cache:
@@ -115,6 +126,10 @@ class CachedDecoder:
                 **self._last_only,
             )
         return output.logits[:, -1]
+
+    def forget(self, columns: int) -> None:
+        """Take the last columns back."""
+        self._cache.crop(-columns)
 
     def select_rows(self, indices: Tensor) -> None:
         """Keep these rows of the batch, in this order; a row may be taken several times."""

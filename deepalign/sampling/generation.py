@@ -53,7 +53,12 @@ class Row:
     """One row on the host: what it has drawn, and whether that ends it."""
 
     def __init__(
-        self, prompt: Sequence[int], stop: StopConditions, limit: int, tokenizer: PreTrainedTokenizerBase | None, text: bool
+        self,
+        prompt: Sequence[int],
+        stop: StopConditions,
+        limit: int,
+        tokenizer: PreTrainedTokenizerBase | None,
+        text: bool,
     ) -> None:
         self.prompt, self._stop, self._limit, self._tokenizer = list(prompt), stop, limit, tokenizer
         self.token_ids: list[int] = []
@@ -101,7 +106,12 @@ class Batch:
     """The rows that still run, on the device."""
 
     def __init__(
-        self, rows: Sequence[Row], uniforms_TB: Tensor, decoders: Sequence[CachedDecoder], pad_id: int, device: torch.device
+        self,
+        rows: Sequence[Row],
+        uniforms_TB: Tensor,
+        decoders: Sequence[CachedDecoder],
+        pad_id: int,
+        device: torch.device,
     ) -> None:
         self.rows = list(enumerate(rows))  # with their index in the call
         self.finished: set[int] = set()
@@ -150,7 +160,7 @@ class Batch:
 
 
 def row_uniforms(seeds: Sequence[int], steps: int) -> Tensor:
-    """(steps, B) float64 in [0, 1): column r is drawn from a CPU generator seeded with `seeds[r]`, in order of steps."""
+    """(steps, B) float64 in [0, 1): column r from a CPU generator seeded with `seeds[r]`, in order of steps."""
     columns = [torch.rand(steps, generator=torch.Generator().manual_seed(s), dtype=torch.float64) for s in seeds]
     return torch.stack(columns, dim=1)
 

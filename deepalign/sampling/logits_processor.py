@@ -104,8 +104,8 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
         rows, width = input_ids_BT.shape
         if mask_BT.shape[1] != width or rows % mask_BT.shape[0]:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask_BT.shape)} but generate's ids have {(rows, width)}; pass the mask "
-                "of the same batch"
+                f"attention_mask has shape {tuple(mask_BT.shape)} but generate's ids have {(rows, width)}; pass the "
+                "mask of the same batch"
             )
         mask_BT = mask_BT.repeat_interleave(rows // mask_BT.shape[0], dim=0)
         if not bool((mask_BT[:, -1] != 0).all()):
@@ -132,7 +132,8 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
     def _follow(self, input_ids_BT: torch.Tensor) -> None:
         """Bring the cache into the order of rows whose ids, but for the new column, are those of the last call."""
         seen_BT = self._seen_ids_BT
-        assert seen_BT is not None and self._mask_BT is not None
+        assert seen_BT is not None
+        assert self._mask_BT is not None
         if torch.equal(input_ids_BT[:, :-1], seen_BT):
             return
         places = {tuple(ids): place for place, ids in enumerate(seen_BT.tolist())}

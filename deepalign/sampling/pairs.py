@@ -31,7 +31,8 @@ class ModelPair:
     @property
     def context(self) -> int | None:
         """Tokens that fit the shorter context of the two; None if neither says."""
-        lengths = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for _, model, _ in self.models]
+        configs = [model.config.get_text_config() for _, model, _ in self.models]
+        lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
         return min((length for length in lengths if length is not None), default=None)
 
     @property
@@ -77,19 +78,34 @@ def _unwrapped(model: Any) -> PreTrainedModel:
     """The transformers model inside a PeftModel: its forward runs the adapter, and takes our keywords."""
     if not _is_peft(model):
         return model
-    _check_switchable(model)
+    for name in model.active_adapters:
+        config = model.peft_config[name]
+        if config.is_prompt_learning or config.is_adaption_prompt:
+            raise ValueError(
+                f"the adapter {name!r} ({config.peft_type.value}) adds to the prompt, not to the weights; use LoRA or "
+                "its like"
+            )
     return model.get_base_model()
 
 
 def _adapter_pair(peft_model: Any) -> ModelPair:
     inner = _unwrapped(peft_model)
+    for name in peft_model.active_adapters:
+        bias = getattr(peft_model.peft_config[name], "bias", "none")
+        if bias != "none":
+            raise ValueError(
+                f"the adapter {name!r} was trained with bias={bias!r}, which stays when the adapter is off; load the "
+                "base model apart and pass it as base"
+            )
+    if peft_model.get_model_status().merged_adapters:
+        raise ValueError("the adapter is merged into the weights; call unmerge_adapter() or pass the base model apart")
     return ModelPair(inner, inner, base_switch=_adapter_off(peft_model))
 
 
 def _adapter_off(peft_model: Any) -> Callable[[], contextlib.AbstractContextManager[None]]:
     """A context in which the adapter is off. `PeftModel.disable_adapter` inspects the whole model each time it is
-    entered; this only sets the flags. They are set outside inference mode's sight: whether adapter weights require
-    gradients, which PEFT changes along the way, is put back."""
+    entered; this only sets the flags. Whether weights require gradients, which PEFT changes along the way, is put
+    back."""
 
     @contextlib.contextmanager
     def off() -> Iterator[None]:
@@ -103,20 +119,3 @@ def _adapter_off(peft_model: Any) -> Callable[[], contextlib.AbstractContextMana
                 parameter.requires_grad_(required)
 
     return off
-
-
-def _check_switchable(peft_model: Any) -> None:
-    for name in peft_model.active_adapters:
-        config = peft_model.peft_config[name]
-        if config.is_prompt_learning or config.is_adaption_prompt:
-            raise ValueError(
-                f"the adapter {name!r} ({config.peft_type.value}) adds to the prompt, so both models cannot share a "
-                "batch; use adapters of the weights (LoRA and its like), or merge"
-            )
-        if getattr(config, "bias", "none") != "none":
-            raise ValueError(
-                f"the adapter {name!r} was trained with bias={config.bias!r}, which stays when the adapter is off; load "
-                "the base model apart and pass it as base"
-            )
-    if getattr(peft_model.base_model, "merged_adapters", None):
-        raise ValueError("the adapter is merged into the weights; call unmerge_adapter() or pass the base model apart")

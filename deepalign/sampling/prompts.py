@@ -63,12 +63,17 @@ def _tensor_rows(ids: Tensor, mask: Tensor | None, pad_id: int | None) -> list[l
         return rows
     mask_BT = mask if mask.dim() == 2 else mask[None]
     if mask_BT.shape != ids_BT.shape:
-        raise ValueError(f"attention_mask has shape {tuple(mask.shape)} and the ids {tuple(ids.shape)}; pass one batch's")
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)} and the ids {tuple(ids.shape)}; pass the "
+            "mask of the same batch"
+        )
     rows = []
     for index, (row, row_mask) in enumerate(zip(ids_BT.tolist(), mask_BT.tolist(), strict=True)):
         kept = [place for place, real in enumerate(row_mask) if real]
         if kept and kept[-1] - kept[0] + 1 != len(kept):
-            raise ValueError(f"attention_mask of row {index} has a hole; padding may stand before or after a prompt only")
+            raise ValueError(
+                f"attention_mask of row {index} has a hole; padding may stand before or after a prompt, not inside"
+            )
         rows.append([row[place] for place in kept])
     return rows
 

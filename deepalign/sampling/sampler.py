@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from deepalign.kernels.checks import check_choice, check_filters, check_int, check_number
 from deepalign.kernels.contrastive_sample import Space
+from deepalign.models import check_same_tokenizer, logits_width
 from deepalign.sampling.decoder import CachedDecoder
 from deepalign.sampling.generation import BadLogits, Batch, DrawOptions, Row, generate_batch, row_uniforms
 from deepalign.sampling.pairs import ModelPair, model_pair
@@ -96,8 +97,8 @@ class ContrastiveSampler:
                 conversation or a list of them.
             attention_mask: (B, T) of a tensor of ids that is padded, on either side.
             max_new_tokens: at most so many tokens a row.
-            stop: a string, a token id, or a list of strings, ids and lists of ids, each of which ends a row; end-of-turn
-                tokens always do.
+            stop: a string, a token id, or a list of strings, ids and lists of ids, each of which ends a row;
+                end-of-turn tokens always do.
             stream: called with every token of every row as soon as it is known.
             seed: one per row; an int seeds row r with `seed + r`.
             return_stats: also what the penalty did at each token, which reads the logits once more.
@@ -144,9 +145,9 @@ class ContrastiveSampler:
     ) -> Iterator[StreamedToken]:
         check_int("max_new_tokens", max_new_tokens)
         rows = prompt_rows(prompts, attention_mask, self.tokenizer, self._pad_id)
-        self._check_fits(rows, max_new_tokens)
         conditions = stop_conditions(stop, self.end_ids, self.tokenizer)
         seeds = _row_seeds(seed, len(rows))
+        self.check_prompts(rows, max_new_tokens)
         return self._run(rows, seeds, conditions, max_new_tokens, return_stats, watched)
 
     def _run(
@@ -180,7 +181,8 @@ class ContrastiveSampler:
         configured = self.pair.aligned.config.get_text_config().pad_token_id
         return configured if self.tokenizer is None else self.tokenizer.pad_token_id
 
-    def _check_fits(self, rows: list[list[int]], max_new_tokens: int) -> None:
+    def check_prompts(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+        """Raise ValueError unless token ids, a list per row, are the models' and fit their context with the answer."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         longest, context = max(map(len, rows)), self.pair.context
@@ -212,32 +214,32 @@ class ContrastiveSampler:
                     found.append(f"{name} has {kind} in {count} of {len(logits_V)} logits")
         return (
             f"row {bad.row} has no distribution to draw token {len(bad.ids)} of its sequence from: "
-            f"{'; '.join(found) or 'only in this batch, not when the row is read alone'}; check the weights and the dtype "
-            "(float16 overflows where bfloat16 does not)"
+            f"{'; '.join(found) or 'only in this batch, not when the row is read alone'}; check the weights and the "
+            "dtype (float16 overflows where bfloat16 does not)"
         )
 
 
 def _check_tokenizers(first: PreTrainedTokenizerBase | None, second: PreTrainedTokenizerBase | None) -> None:
     if first is None or second is None:
         return
-    from deepalign.models import check_same_tokenizer
-
     check_same_tokenizer("aligned", first, "base", second)
 
 
 def _vocabulary(pair: ModelPair, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int | None) -> int:
     """How many leading logits are tokens."""
     if vocab_size is None:
-        widths = {name: model.get_output_embeddings().out_features for name, model, _ in pair.models}
+        widths = {name: logits_width(model) for name, model, _ in pair.models}
         if tokenizer is None and len(set(widths.values())) > 1:
             raise ValueError(
-                f"aligned scores {widths['aligned']} tokens and base {widths['base']}; pass the tokenizer or vocab_size, "
-                "which say how many of them are tokens"
+                f"aligned scores {widths['aligned']} tokens and base {widths['base']}; pass the tokenizer or "
+                "vocab_size, which say how many of them are tokens"
             )
         return pair.width if tokenizer is None else min(pair.width, len(tokenizer))
     check_int("vocab_size", vocab_size)
     if not 1 <= vocab_size <= pair.width:
-        raise ValueError(f"vocab_size is {vocab_size}; expected an int in [1, {pair.width}], the logits both models have")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; expected an int in [1, {pair.width}], the logits that both models have"
+        )
     return vocab_size
 
 

@@ -5,8 +5,8 @@
     favored_mass  sum over favored v of p_a(v): how much of aligned's distribution could be lowered
     mass_taken    sum over v of max(p_a(v) - p_x(v), 0): how much of it moved elsewhere (total variation)
 
-p_a, p_b and p_x are softmax of aligned's, base's and the contrastive logits. Eager: it reads the vocabulary again, so it
-runs only where it is asked for.
+p_a, p_b and p_x are softmax of aligned's, base's and the contrastive logits. Eager: it reads the vocabulary again, so
+it runs only where it is asked for.
 """
 
 import torch

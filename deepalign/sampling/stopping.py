@@ -54,14 +54,13 @@ def stop_conditions(stop: Any, end_ids: Sequence[int], tokenizer: PreTrainedToke
     for item in items:
         if isinstance(item, str):
             strings.append(item)
-        elif _is_id(item):
-            sequences.append((item,))
-        elif isinstance(item, Sequence) and all(map(_is_id, item)):
-            sequences.append(tuple(item))
-        else:
+            continue
+        ids = [item] if _is_id(item) else item
+        if not isinstance(ids, Sequence) or not all(map(_is_id, ids)):
             raise TypeError(f"stop holds {item!r:.60}; expected strings, token ids, or lists of token ids")
+        sequences.append(tuple(ids))
     if "" in strings or () in sequences:
-        raise ValueError("stop holds an empty string or an empty list of ids, which every answer ends with; leave it out")
+        raise ValueError("stop holds an empty string or list of ids, which every answer ends with; leave it out")
     if strings and tokenizer is None:
         raise ValueError(f"stop holds the string {strings[0]!r} but the sampler has no tokenizer; pass tokenizer=...")
     return StopConditions(frozenset(end_ids), tuple(sequences), tuple(strings))

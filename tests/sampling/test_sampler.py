@@ -206,7 +206,8 @@ def test_statistics_say_what_the_penalty_did(llamas):
             p_a_V, p_x_V = a_V.softmax(-1), x_V.softmax(-1)
             found = answer.statistics
             assert found.base_favored[step] == bool(lowered_V[id_])
-            expected = [float(a_V[id_] - x_V[id_]), float(p_a_V[lowered_V].sum()), float((p_a_V - p_x_V).abs().sum() / 2)]
+            distance = (p_a_V - p_x_V).abs().sum() / 2
+            expected = [float(a_V[id_] - x_V[id_]), float(p_a_V[lowered_V].sum()), float(distance)]
             got = [found.penalty[step], found.favored_mass[step], found.mass_taken[step]]
             assert got == pytest.approx(expected, abs=2e-5)
             assert answer.logprobs[step] == pytest.approx(math.log(float(p_x_V[id_])), abs=2e-5)

@@ -18,7 +18,7 @@ def compare_answers(benchmark: BenchmarkFixture, case: Case, implementation: str
     contestants = GenerateContestants(case, DRAWS[draw])
     benchmark.extra_info |= {"operation": "sampling_generate", "case": str(case), "mode": draw}
     benchmark.extra_info |= row_environment(implementation, case.device)
-    peers = {"generate": contestants.generate()}
+    peers = {"generate": contestants.generate(), "generate_tuned": contestants.generate(tuned=True)}
     compete(benchmark, contestants.library(implementation), peers, elements=case.rows * NEW_TOKENS)
     if benchmark.stats is not None:
         benchmark.extra_info["tokens_per_s"] = 1e9 / benchmark.extra_info["ns_per_element"]

@@ -28,9 +28,9 @@ from benchmarks.interleaved import Contestant
 from benchmarks.peers import contrastive_logits_eager
 from deepalign import contrastive_sample
 from deepalign.sampling import ContrastiveSampler
-from deepalign.sampling.decoder import CachedDecoder
+from deepalign.sampling.decoder import CachedDecoder, dense_last_column
 
-PROMPT_TOKENS, NEW_TOKENS = (4, 3) if QUICK else (32, 16)
+PROMPT_TOKENS, NEW_TOKENS = (4, 3) if QUICK else (32, 32)
 ALPHA = 1.0
 SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
 LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
@@ -105,8 +105,9 @@ class GenerateContestants:
         prompts = self.prompts
         return Contestant(finished(self.case.device, lambda: sampler.generate(prompts, max_new_tokens=NEW_TOKENS)))
 
-    def generate(self) -> Contestant:
-        """`transformers`' own loop with `EagerContrastive`, its dynamic cache and its filters."""
+    def generate(self, tuned: bool = False) -> Contestant:
+        """`transformers`' own loop with `EagerContrastive`, its dynamic cache and its filters. Tuned, its lm_heads get
+        dense hidden states from the prompt too, as the sampler's do."""
         aligned, base = self.models
         prompts = self.prompts.to(self.case.device)
         options = {"top_k": 0, **self.draw, "do_sample": self.draw["temperature"] > 0}
@@ -122,7 +123,11 @@ class GenerateContestants:
                 **options,
             )
 
-        return Contestant(finished(self.case.device, call))
+        def tuned_call() -> Tensor:
+            with dense_last_column(aligned), dense_last_column(base):
+                return call()
+
+        return Contestant(finished(self.case.device, tuned_call if tuned else call))
 
 
 class StepContestants:

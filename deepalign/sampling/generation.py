@@ -127,11 +127,25 @@ class Batch:
         # A padded position must not count, or a model would see a shifted sentence.
         self._positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
         self.step = 0
+        together = device.type == "cuda" and len(decoders) == 2 and decoders[1].model.device == device
+        self._side = torch.cuda.Stream(device) if together else None
 
     def logits(self) -> list[Tensor]:
-        """Advance every decoder over the newest columns; (B, V) each."""
+        """Advance every decoder over the newest columns; (B, V) each. On a GPU the second model runs beside the first.
+
+        The streams wait for each other at both ends, so memory that one frees and takes again is in order for both.
+        """
         mask_BS = None if self._mask_BS is None else self._mask_BS[:, : self.width + self.step]
-        return [decoder.advance(self._ids_BT, mask_BS, self._positions_BT) for decoder in self._decoders]
+        columns = (self._ids_BT, mask_BS, self._positions_BT)
+        if self._side is None:
+            return [decoder.advance(*columns) for decoder in self._decoders]
+        current = torch.cuda.current_stream()
+        self._side.wait_stream(current)
+        with torch.cuda.stream(self._side):
+            base_BV = self._decoders[1].advance(*columns)
+        aligned_BV = self._decoders[0].advance(*columns)
+        current.wait_stream(self._side)
+        return [aligned_BV, base_BV]
 
     def uniforms(self) -> Tensor:
         """(B,) float64 for this step."""

@@ -12,6 +12,7 @@ from deepalign.kernels.contrastive_sample import Space
 from deepalign.models import check_same_tokenizer, logits_width
 from deepalign.sampling.decoder import CachedDecoder
 from deepalign.sampling.generation import BadLogits, Batch, DrawOptions, Row, generate_batch, row_uniforms
+from deepalign.sampling.graphs import WORTHWHILE_STEPS, StaticDecoder, can_be_static
 from deepalign.sampling.pairs import ModelPair, model_pair
 from deepalign.sampling.prompts import prompt_rows
 from deepalign.sampling.results import Completion, StreamedToken
@@ -43,6 +44,8 @@ class ContrastiveSampler:
         vocab_size: leading logits that are tokens; None: the tokenizer's length, or without one all that both models
             have.
         implementation: of `contrastive_sample`; None chooses by device.
+        cuda_graphs: on a GPU, replay single-token steps as CUDA graphs where the model allows it (`graphs.py`) and the
+            answer may be long enough to pay for the capture.
 
     Raises:
         TypeError, ValueError: an option out of range, a model in training mode, two dtypes, tokenizers that differ,
@@ -64,6 +67,7 @@ class ContrastiveSampler:
         vocab_size: int | None = None,
         base_tokenizer: PreTrainedTokenizerBase | None = None,
         implementation: str | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         check_number("alpha", alpha, minimum=0.0)
         check_number("temperature", temperature, minimum=0.0)
@@ -72,6 +76,7 @@ class ContrastiveSampler:
         _check_tokenizers(tokenizer, base_tokenizer)
         self.pair = model_pair(aligned, base, alpha)
         self.tokenizer = tokenizer
+        self.cuda_graphs = cuda_graphs
         width = _vocabulary(self.pair, tokenizer, vocab_size)
         self.options = DrawOptions(
             float(alpha), float(temperature), top_k, float(top_p), float(min_p), space, width, implementation
@@ -161,7 +166,7 @@ class ContrastiveSampler:
     ) -> Iterator[StreamedToken]:
         text = watched or bool(conditions.strings)
         rows = [Row(prompt, conditions, steps, self.tokenizer, text) for prompt in prompts]
-        decoders = self._decoders(max(map(len, prompts)) + steps)
+        decoders = self._decoders(max(map(len, prompts)), steps)
         pad_id = 0 if self._pad_id is None else self._pad_id
         batch = Batch(rows, row_uniforms(seeds, steps), decoders, pad_id, self.pair.aligned.device)
         settle_every = 1 if watched else self.settle_every
@@ -172,9 +177,15 @@ class ContrastiveSampler:
         except BadLogits as bad:
             raise ValueError(self._explain(bad)) from None
 
-    def _decoders(self, capacity: int) -> list[CachedDecoder]:
+    def _decoders(self, width: int, steps: int) -> list[CachedDecoder]:
         models = self.pair.models if self.options.alpha > 0 else self.pair.models[:1]
-        return [CachedDecoder(model, capacity, switch) for _, model, switch in models]
+        worthwhile = self.cuda_graphs and steps >= WORTHWHILE_STEPS
+        return [
+            StaticDecoder(model, width + steps, switch)
+            if worthwhile and model.device.type == "cuda" and can_be_static(model)
+            else CachedDecoder(model, width + steps, switch)
+            for _, model, switch in models
+        ]
 
     @property
     def _pad_id(self) -> int | None:

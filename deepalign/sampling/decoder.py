@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
@@ -147,7 +148,10 @@ def dense_last_column(model: PreTrainedModel) -> Iterator[None]:
     if lm_head is None:
         yield
         return
-    handle = lm_head.register_forward_pre_hook(lambda module, hidden: (hidden[0].contiguous(), *hidden[1:]))
+    # Not `contiguous()`: it leaves the strides of dimensions of size 1 alone, which are what matmul goes by.
+    handle = lm_head.register_forward_pre_hook(
+        lambda module, hidden: (hidden[0].clone(memory_format=torch.contiguous_format), *hidden[1:])
+    )
     try:
         yield
     finally:

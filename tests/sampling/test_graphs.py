@@ -67,11 +67,12 @@ def test_the_head_never_reads_a_strided_hidden_state():
     model, seen = make_model("llama", 0), []
     handle = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     try:
-        ContrastiveSampler(model, alpha=0).generate(PROMPTS, max_new_tokens=3)
+        for prompts in (PROMPTS, PROMPTS[0]):
+            ContrastiveSampler(model, alpha=0).generate(prompts, max_new_tokens=3)
     finally:
         handle.remove()
-    assert len(seen) == 3
-    assert all(hidden.is_contiguous() and hidden.shape[1] == 1 for hidden in seen)
+    assert len(seen) == 6
+    assert all(hidden.shape[1] == 1 and hidden.stride() == (32, 32, 1) for hidden in seen)
     assert not model.lm_head._forward_pre_hooks
 
 

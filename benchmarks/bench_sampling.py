@@ -10,6 +10,7 @@ from benchmarks.environment import row_environment
 from benchmarks.interleaved import compete
 from benchmarks.sampling_pair import DRAWS, NEW_TOKENS, GenerateContestants, StepContestants
 
+MIN_ROUNDS = 3  # a call draws many tokens and takes seconds
 FUSED = [name for name in runnable("contrastive_sample", "cpu") if name != "reference"] or ["reference"]
 
 
@@ -19,7 +20,8 @@ def compare_answers(benchmark: BenchmarkFixture, case: Case, implementation: str
     benchmark.extra_info |= {"operation": "sampling_generate", "case": str(case), "mode": draw}
     benchmark.extra_info |= row_environment(implementation, case.device)
     peers = {"generate": contestants.generate(), "generate_tuned": contestants.generate(tuned=True)}
-    compete(benchmark, contestants.library(implementation), peers, elements=case.rows * NEW_TOKENS)
+    subject = contestants.library(implementation)
+    compete(benchmark, subject, peers, elements=case.rows * NEW_TOKENS, min_rounds=MIN_ROUNDS)
     if benchmark.stats is not None:
         benchmark.extra_info["tokens_per_s"] = 1e9 / benchmark.extra_info["ns_per_element"]
 

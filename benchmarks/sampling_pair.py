@@ -30,7 +30,7 @@ from deepalign import contrastive_sample
 from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.decoder import CachedDecoder, dense_last_column
 
-PROMPT_TOKENS, NEW_TOKENS = (4, 3) if QUICK else (32, 32)
+PROMPT_TOKENS, NEW_TOKENS = (4, 3) if QUICK else (32, 24)
 ALPHA = 1.0
 SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
 LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}

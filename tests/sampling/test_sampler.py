@@ -176,6 +176,18 @@ def test_finished_rows_leave_and_the_others_do_not_notice(pair):
     assert sizes[0] == 3
 
 
+def test_any_rows_may_leave_and_the_rest_draw_as_if_alone(pair):
+    sampler = ContrastiveSampler(*pair, alpha=1.5)
+    prompts, seeds = [PROMPTS[i % 3][i // 3 :] for i in range(6)], [31, 5, 8, 13, 2, 40]
+    options = {"max_new_tokens": 3 * NEW_TOKENS, "stop": [7, 9, 21]}
+    together = sampler.generate(prompts, seed=seeds, **options)
+    alone = [sampler.generate(prompt, seed=seed, **options)[0] for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert token_ids(together) == token_ids(alone)
+    lengths = [len(ids) for ids in token_ids(together)]
+    stayed = sorted(range(6), key=lengths.__getitem__)[3:]  # after the first move to a smaller batch
+    assert stayed != [0, 1, 2], "the rows that stay are not those at the front"
+
+
 def test_rows_that_draw_too_many_between_two_looks_lose_them(llamas):
     """What a GPU does: it looks at what was drawn every few steps only."""
     sampler = ContrastiveSampler(*llamas, alpha=1.5)

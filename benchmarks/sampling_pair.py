@@ -2,7 +2,7 @@
 
 Random weights, but logits like a language model's: aligned's final norm is scaled so that the next token has about 2.5
 nats of entropy, and the base is aligned with noise on its head, which moves logits by about 1.3. On a CPU the pair is
-small: hidden size 512, four layers, and the vocabulary of Llama 3 over tied embeddings, 82 million parameters, bf16. A
+small: hidden size 512, four layers, and the vocabulary of Llama 3 over tied embeddings, 80 million parameters, bf16. A
 larger hidden size makes forwards slower, and so the share of the draw smaller and end-to-end ratios too.
 """
 

@@ -144,6 +144,13 @@ def test_what_a_stop_string_may_start_with_is_held_back():
     assert cut.finish() == ("a##b", "")
 
 
+def test_of_several_stop_strings_the_first_to_appear_cuts():
+    tokenizer = bytes_tokenizer()
+    growing = GrowingText(tokenizer, ["c", "bc", "abc"])
+    assert "".join(growing.push(id_) for id_ in tokenizer("xabc")["input_ids"]) == "x"
+    assert growing.finish() == ("x", "")
+
+
 @pytest.mark.parametrize("stop", [1.5, [1.5], [["w1"]], [None], True, [True], {"w1"}], ids=str)
 def test_stops_of_a_wrong_type_are_refused(sampler, stop):
     with pytest.raises(TypeError, match="stop"):

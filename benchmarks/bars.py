@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.cases import LOSS_CASES, MEMORY_CASES
+from benchmarks.cases import LOSS_CASES, MEMORY_CASES, SAMPLING_CASES
 
 LOSS_BARS = {
     "bfloat16-64x128256": {"eager": 17.0, "compile": 9.0},
@@ -18,6 +18,8 @@ LOSS_BARS = {
 }
 FORWARD_BAR = {"forward_backward": 1.5}
 SAMPLER_BARS = {("bfloat16-1x128256", filters): {"eager": 18.0} for filters in ("top_k", "top_k+top_p")}
+# Of any number of threads: whole answers against `transformers`' generate, and a draw within 3% of the two forwards.
+SAMPLING_BARS = {"sampling_generate": {"generate": 1.5}, "sampling_step": {"two_forwards": 1 / 0.03}}
 # In units of one logits tensor. In place it is 0: 0.01 leaves room for what the measurement cannot tell from it.
 MEMORY_BARS = {"forward": 0.01, "forward_backward": 1.05, "forward_backward_inplace": 0.01}
 
@@ -39,6 +41,8 @@ def speed_bars(row: Mapping[str, Any]) -> dict[str, float]:
     """Least ratio asked of a timed row, by peer."""
     if row["implementation"] != "cpu":
         return {}
+    if row["operation"] in SAMPLING_BARS:
+        return SAMPLING_BARS[row["operation"]] if row["case"] in map(str, SAMPLING_CASES) else {}
     if row["operation"] == "completion_loss" and row["mode"] == "forward":
         return FORWARD_BAR if row["case"] in map(str, LOSS_CASES) else {}
     if (row["isa"], row["threads"]) != ("avx512", 1):

@@ -56,6 +56,9 @@ WORST_CASES = [
 ]
 GPU_LOSS_CASES = [Case(2048, 32000, device="cuda"), Case(2048, 128256, device="cuda")]
 SAMPLER_CASES = [Case(1, 128256), Case(16, 128256)]
+# Of these only rows, vocabulary and dtype count: two models make the logits.
+SAMPLING_CASES = [Case(1, 128256), Case(16, 128256)]
+SAMPLING_GPU_CASES = [Case(1, 128256, device="cuda"), Case(16, 128256, device="cuda")]
 PAIR_CASES = [Case(64, 128256), Case(64, 32000), Case(64, 128256, pattern="ascending")]
 # 64 MiB of logits: the kernel's count of resident pages is good to a quarter of a MiB.
 MEMORY_CASES = [Case(256, 128256)]

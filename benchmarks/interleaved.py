@@ -65,6 +65,7 @@ def compete(
     *,
     elements: int,
     budget_s: float = BUDGET_S,
+    min_rounds: int = MIN_ROUNDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> None:
     """Time the subject with `benchmark`, its peers in between, and put the comparison into `benchmark.extra_info`.
@@ -75,6 +76,7 @@ def compete(
         peers: by name.
         elements: rows x vocabulary of the case, for ns per element.
         budget_s: time for all rounds together.
+        min_rounds: so many even if they take longer; fewer do where a call is an average over many steps already.
         clock: seconds.
     """
     seconds: dict[str, list[float]] = {name: [] for name in peers}
@@ -90,7 +92,7 @@ def compete(
         before_the_subject()
         subject.call()
 
-    rounds = 1 if benchmark.disabled else rounds_within(budget_s, whole_round, clock)
+    rounds = 1 if benchmark.disabled else rounds_within(budget_s, whole_round, clock, min_rounds)
     for recorded in seconds.values():
         recorded.clear()
     faults.clear()

@@ -23,10 +23,11 @@ THICKNESS = 0.8
 
 
 def shown_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of the plot: on the fewest threads; of the loss those with a gradient; the reference of an operation only
-    where nothing else ran it."""
+    """Rows of the plot, those with a panel for a peer: on the fewest threads; of the loss those with a gradient;
+    the reference of an operation only where nothing else ran it."""
     timed = [row for row in rows if "peers" in row and row["threads"] == min(r["threads"] for r in rows)]
     timed = [row for row in timed if row["operation"] != "completion_loss" or row["mode"] in MODES]
+    timed = [row for row in timed if set(PANELS) & set(row["peers"])]
     fused = {row["operation"] for row in timed if row["implementation"] != "reference"}
     return [row for row in timed if row["implementation"] != "reference" or row["operation"] not in fused]
 

@@ -16,6 +16,9 @@ PEERS = {
     "compile": "compile",
     "compile_tuned": "tuned compile",
     "forward_backward": "forward + backward",
+    "generate": "transformers' generate",
+    "generate_tuned": "the same, dense heads",
+    "two_forwards": "two forwards",
 }
 QUIET = 1.15  # measured with nothing else running: 1.03 to 1.1
 NOTES = """\
@@ -23,8 +26,10 @@ Every row was measured in one process, everybody called once per round, in turn.
 time the peer takes: the median over rounds of the ratio within a round (10th to 90th percentile). The library is called
 through its public functions, the loss with `.backward()` unless forward only. "eager" and "compile" are a
 straightforward PyTorch version and the same under `torch.compile` (static shapes); "tuned" ones go as fast as PyTorch
-was made to go, with a gradient in closed form; "forward + backward" is this row's own. torch's kernels keep their own
-instruction set, whatever the row's is.
+was made to go, with a gradient in closed form; "forward + backward" is this row's own. Of sampling_generate an element
+is a token; "transformers' generate" runs Eq. 7 eagerly in a logits processor, and with "dense heads" it is spared what
+torch does with a strided hidden state. Of sampling_step "two forwards" are those that the draw comes on top of. torch's
+kernels keep their own instruction set, whatever the row's is.
 """
 
 

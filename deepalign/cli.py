@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo`."""
+"""The command line: `deepalign demo|sample`."""
 
 import argparse
 import sys
@@ -15,9 +15,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--seeds", type=int, default=1, help="number of seeds to run and report")
     demo.add_argument("--config", default=None, help="a settings file instead of the package's demo.yaml")
     demo.add_argument("--no-progress", action="store_true", help="no progress bars")
-    options = parser.parse_args(arguments)
+    commands.add_parser(
+        "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
+    )
+    options, rest = parser.parse_known_args(arguments)
     try:
-        return _demo(options)
+        return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -35,6 +38,14 @@ def _demo(options: argparse.Namespace) -> int:
     print(report.read_text(encoding="utf-8"))
     print(f"report: {report} (and report.json, plots beside it)")
     return 0
+
+
+def _sample(arguments: Sequence[str]) -> int:
+    from deepalign.sampling.cli import add_arguments, run  # imports torch and transformers, which takes seconds
+
+    parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

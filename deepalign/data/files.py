@@ -11,10 +11,12 @@ Further keys in a row are ignored, so that a file can carry its own metadata.
 import json
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 Message = dict[str, str]
+Row = TypeVar("Row")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -31,25 +33,62 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[list[Message]]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not such a row (the message names file, line and what is wrong), or the file has no row.
     """
+    return _rows(path, _conversation)
+
+
+def _rows(path: str | os.PathLike[str], read: Callable[[Any], Row]) -> list[Row]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist; give the path of a JSONL file")
-    conversations = []
+    rows = []
     with path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                conversations.append(_conversation(json.loads(line)))
+                rows.append(read(json.loads(line)))
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: not valid JSON ({error}); each line must be one JSON object"
                 ) from None
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
-    if not conversations:
+    if not rows:
         raise ValueError(f"{path} has no rows; expected one JSON object a line")
-    return conversations
+    return rows
+
+
+def read_prompts(
+    path: str | os.PathLike[str], reserved: Sequence[str] = ()
+) -> list[tuple[list[Message], dict[str, Any]]]:
+    """Read prompts: rows as of `read_jsonl` without their last answer.
+
+    Args:
+        path: a UTF-8 file with one JSON object a line: {"prompt": text or messages}, or {"messages": [...]} whose last
+            message is not the assistant's.
+        reserved: keys that a row may not have.
+
+    Returns:
+        The messages and the whole object of each row.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a line is not such a row, or the file has no row.
+    """
+    return _rows(path, lambda row: (_prompt(row, reserved), row))
+
+
+def _prompt(row: Any, reserved: Sequence[str]) -> list[Message]:
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+    if taken := [key for key in reserved if key in row]:
+        raise ValueError(f"the keys {', '.join(taken)} are written by this command; rename them")
+    if ("prompt" in row) == ("messages" in row):
+        raise ValueError(f"expected either the key 'prompt' or 'messages'; got {sorted(row)}")
+    messages = _messages(row["messages"], "messages") if "messages" in row else _side(row["prompt"], "prompt", "user")
+    if messages[-1]["role"] == "assistant":
+        raise ValueError("the last message is the assistant's; expected one that it can answer")
+    return messages
 
 
 def _conversation(row: Any) -> list[Message]:

@@ -1,19 +1,33 @@
 """Greedy continuations of token-id prompts: what every generation-based evaluation is built on.
 
 Prompts are ids, not text, so a forced answer prefix is appended exactly as it was tokenised. They are batched by
-similar length and padded on the left. The generation settings a checkpoint ships with do not leak in: some set a
-repetition penalty (Qwen2.5: 1.05) that would quietly turn greedy decoding into something else.
+similar length and answered by `ContrastiveSampler`, with a base model to contrast with or without one. Other logits
+processors of `transformers` go through its own `generate`; the generation settings a checkpoint ships with do not leak
+in: some set a repetition penalty (Qwen2.5: 1.05) that would quietly turn greedy decoding into something else.
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
+from deepalign.kernels.contrastive_sample import Space
+from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.modes import check_evaluation_mode
+from deepalign.sampling.prompts import pad_left
+from deepalign.sampling.stopping import end_of_turn_ids
 
 LogitsProcessorFactory = Callable[[torch.Tensor], LogitsProcessorList]
+
+
+class Contrast(NamedTuple):
+    """Contrastive decoding (Eq. 7) as a defence: what to contrast the attacked model with, and how strongly."""
+
+    base: PreTrainedModel
+    alpha: float
+    space: Space = "logits"
 
 
 def greedy_continuations(
@@ -23,6 +37,7 @@ def greedy_continuations(
     *,
     max_new_tokens: int,
     batch_size: int,
+    contrast: Contrast | None = None,
     logits_processor: LogitsProcessorFactory | None = None,
     progress: bool = True,
     description: str = "generate",
@@ -35,9 +50,9 @@ def greedy_continuations(
         prompts: token ids, each non-empty.
         max_new_tokens: cap on a continuation, its end-of-turn token included.
         batch_size: prompts generated together.
-        logits_processor: called once per BATCH with that batch's attention mask (B, T), because a processor that
-            carries a cache serves one call of `generate` only, e.g.
-            `lambda mask: LogitsProcessorList([ContrastiveLogitsProcessor(base, alpha=2.0, attention_mask=mask)])`.
+        contrast: decode contrastively against this base model; None: the model alone.
+        logits_processor: called once per batch with that batch's attention mask (B, T); what it returns bends the
+            logits inside `transformers`' `generate`. Not together with `contrast`.
         progress: show a bar that counts prompts.
         description: label of the bar.
 
@@ -45,44 +60,68 @@ def greedy_continuations(
         The new ids of each prompt, in the order given, without the end-of-turn token and what follows it.
 
     Raises:
-        ValueError: no prompts, an empty prompt, a size below 1, no end-of-turn token, a model in training mode, or a
-            prompt that does not fit the model's context together with `max_new_tokens`.
+        ValueError: both `contrast` and `logits_processor`, no prompts, an empty prompt, a size below 1, no end-of-turn
+            token, a model in training mode, or a prompt that does not fit the model's context together with
+            `max_new_tokens`.
     """
     _check_inputs(model, prompts, max_new_tokens, batch_size)
-    end_ids = end_of_turn_ids(model, tokenizer)
-    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
-    generation_config = _greedy_config(max_new_tokens, pad_id, end_ids)
+    if not (end_ids := end_of_turn_ids(model, tokenizer)):
+        raise ValueError("neither the tokenizer nor the model's generation config has an eos_token_id; set one")
+    if contrast is not None and logits_processor is not None:
+        raise ValueError("contrast and logits_processor are both given; list the processors you need in one place")
+    if logits_processor is None:
+        answer = _sampled(model, tokenizer, contrast, max_new_tokens)
+    else:
+        answer = _processed(model, tokenizer, logits_processor, max_new_tokens, end_ids)
     # Longest first: a batch that does not fit into memory fails at once, not at the end of a long run.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     continuations: list[list[int]] = [[] for _ in prompts]
     with tqdm(total=len(prompts), desc=description, disable=not progress) as bar:
         for start in range(0, len(order), batch_size):
             batch = order[start : start + batch_size]
-            input_ids_BT, mask_BT = _pad_left([prompts[index] for index in batch], pad_id, model.device)
-            output_BT = model.generate(  # type: ignore[operator]  # generate is a mixin's
-                input_ids=input_ids_BT,
-                attention_mask=mask_BT,
-                generation_config=generation_config,
-                logits_processor=None if logits_processor is None else logits_processor(mask_BT),
-            )
-            for index, new_ids in zip(batch, output_BT[:, input_ids_BT.shape[1] :].tolist(), strict=True):
+            for index, new_ids in zip(batch, answer([prompts[index] for index in batch]), strict=True):
                 continuations[index] = _cut_at_end(new_ids, end_ids)
             bar.update(len(batch))
     return continuations
 
 
-def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Every id that ends an answer: the tokenizer's, and those the model's generation config adds (Llama 3 has three).
+# Answers a batch of prompts with ids that may go on beyond an end-of-turn token.
+Answerer = Callable[[Sequence[Sequence[int]]], list[list[int]]]
 
-    Raises:
-        ValueError: there is none, so that generation could never end.
-    """
-    configured = model.generation_config.eos_token_id
-    ids = list(configured) if isinstance(configured, list) else [configured]
-    ids = [*dict.fromkeys(id_ for id_ in [tokenizer.eos_token_id, *ids] if id_ is not None)]
-    if not ids:
-        raise ValueError("neither the tokenizer nor the model's generation config has an eos_token_id; set one")
-    return ids
+
+def _sampled(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, contrast: Contrast | None, max_new_tokens: int
+) -> Answerer:
+    base, alpha, space = contrast or Contrast(None, 0.0)  # type: ignore[arg-type]  # never run at alpha 0
+    sampler = ContrastiveSampler(model, base, tokenizer, alpha=alpha, space=space, temperature=0)
+
+    def answer(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [answer.token_ids for answer in sampler.generate(list(prompts), max_new_tokens=max_new_tokens)]
+
+    return answer
+
+
+def _processed(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    logits_processor: LogitsProcessorFactory,
+    max_new_tokens: int,
+    end_ids: list[int],
+) -> Answerer:
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_ids[0]
+    generation_config = _greedy_config(max_new_tokens, pad_id, end_ids)
+
+    def answer(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        input_ids_BT, mask_BT = pad_left(prompts, pad_id, model.device)
+        output_BT = model.generate(  # type: ignore[operator]  # generate is a mixin's
+            input_ids=input_ids_BT,
+            attention_mask=mask_BT,
+            generation_config=generation_config,
+            logits_processor=logits_processor(mask_BT),
+        )
+        return output_BT[:, input_ids_BT.shape[1] :].tolist()
+
+    return answer
 
 
 def _check_inputs(
@@ -119,14 +158,6 @@ def _greedy_config(max_new_tokens: int, pad_id: int, end_ids: list[int]) -> Gene
         top_k=50,
         top_p=1.0,
     )
-
-
-def _pad_left(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids (B, T) and attention mask (B, T), int64, the padding in front."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = [[pad_id] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
 
 
 def _cut_at_end(new_ids: list[int], end_ids: list[int]) -> list[int]:

@@ -17,7 +17,7 @@ from typing import Any, Literal, Protocol, get_args
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import prompt_token_ids
-from deepalign.evaluate.generation import LogitsProcessorFactory, greedy_continuations
+from deepalign.evaluate.generation import Contrast, LogitsProcessorFactory, greedy_continuations
 
 Outcome = Literal["harmful", "refused", "degenerate"]
 OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
@@ -69,6 +69,7 @@ def prefill_attack(
     judge: Judge,
     max_new_tokens: int = 512,
     batch_size: int = 32,
+    contrast: Contrast | None = None,
     logits_processor: LogitsProcessorFactory | None = None,
     progress: bool = True,
 ) -> PrefillResult:
@@ -83,8 +84,7 @@ def prefill_attack(
         judge: decides the outcome of each answer.
         max_new_tokens: cap on what the model may write after the forced ids.
         batch_size: answers generated together.
-        logits_processor: a factory called once per batch with its attention mask (B, T); see
-            `generation.greedy_continuations`.
+        contrast, logits_processor: a defence at inference; see `generation.greedy_continuations`.
         progress: show a bar.
 
     Raises:
@@ -106,6 +106,7 @@ def prefill_attack(
         prompts,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        contrast=contrast,
         logits_processor=logits_processor,
         progress=progress,
         description=f"prefill {'all' if depth is None else depth}",

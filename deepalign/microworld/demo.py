@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import LogitsProcessorList, PreTrainedModel
+from transformers import PreTrainedModel
 
 import deepalign
 from deepalign.data.files import write_text_atomic
 from deepalign.diagnose.position_profile import profiles_by_position
-from deepalign.evaluate.generation import LogitsProcessorFactory
+from deepalign.evaluate.generation import Contrast
 from deepalign.evaluate.prefill import prefill_attack
 from deepalign.kernels.contrastive_sample import Space
 from deepalign.microworld.judge import RecipeJudge
@@ -33,7 +33,6 @@ from deepalign.microworld.tokenizer import build_tokenizer
 from deepalign.microworld.utility import evaluate_utility
 from deepalign.microworld.world import World, attack_examples, completion_files
 from deepalign.models import load_frozen_model
-from deepalign.sampling import ContrastiveLogitsProcessor
 from deepalign.train.config import build_dataclass
 from deepalign.train.launch import launch_on_cpu
 
@@ -189,7 +188,7 @@ class SeedRun:
         outputs = [folder / f"{name}.json", folder / f"{name}.jsonl"]
         with self._stage(f"evaluate {name}", [self.key, settings, self.settings.contrastive], outputs) as needed:
             if needed:
-                model, processor = self._defended_model(name)
+                model, contrast = self._defended_model(name)
                 cells, answers = {}, []
                 for depth in settings.depths:
                     attack = prefill_attack(
@@ -200,7 +199,7 @@ class SeedRun:
                         judge=RecipeJudge(self.world),
                         max_new_tokens=settings.max_new_tokens,
                         batch_size=settings.batch_size,
-                        logits_processor=processor,
+                        contrast=contrast,
                         progress=self.progress,
                     )
                     cells[str(depth)] = attack.counts()
@@ -211,7 +210,7 @@ class SeedRun:
                     self.world,
                     n=settings.utility,
                     batch_size=settings.batch_size,
-                    logits_processor=processor,
+                    contrast=contrast,
                     progress=self.progress,
                 )
                 write_text_atomic(outputs[1], "".join(json.dumps(answer) + "\n" for answer in answers))
@@ -247,19 +246,12 @@ class SeedRun:
                 write_text_atomic(path, json.dumps(profiles))
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def _defended_model(self, name: str) -> tuple[PreTrainedModel, LogitsProcessorFactory | None]:
+    def _defended_model(self, name: str) -> tuple[PreTrainedModel, Contrast | None]:
         model = load_frozen_model(str(self._model(name)), torch.float32)
         if name != "contrastive":
             return model, None
-        base, contrast = load_frozen_model(str(self._model("base")), torch.float32), self.settings.contrastive
-
-        def processor(attention_mask: torch.Tensor) -> LogitsProcessorList:
-            contrastive = ContrastiveLogitsProcessor(
-                base, alpha=contrast.alpha, space=contrast.space, attention_mask=attention_mask
-            )
-            return LogitsProcessorList([contrastive])
-
-        return model, processor
+        base, settings = load_frozen_model(str(self._model("base")), torch.float32), self.settings.contrastive
+        return model, Contrast(base, settings.alpha, settings.space)
 
     # ---- stages ----
 

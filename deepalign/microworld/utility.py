@@ -11,7 +11,7 @@
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import prompt_token_ids
-from deepalign.evaluate.generation import LogitsProcessorFactory, greedy_continuations
+from deepalign.evaluate.generation import Contrast, greedy_continuations
 from deepalign.microworld.judge import REFUSAL_WORD, common_in_order
 from deepalign.microworld.world import SLOTS, Task, World, seeded_rng
 
@@ -26,7 +26,7 @@ def evaluate_utility(
     *,
     n: int = 100,
     batch_size: int = 100,
-    logits_processor: LogitsProcessorFactory | None = None,
+    contrast: Contrast | None = None,
     progress: bool = True,
 ) -> dict[str, dict[str, int]]:
     """Count right answers to `n` prompts of each benign task, or to all where the world has fewer.
@@ -36,8 +36,7 @@ def evaluate_utility(
         world: whose tables say what is right.
         n: prompts per task, at least 1.
         batch_size: answers generated together.
-        logits_processor: a factory called once per batch with its attention mask, see
-            `evaluate.generation.greedy_continuations`.
+        contrast: decode contrastively; see `evaluate.generation.greedy_continuations`.
         progress: show a bar.
 
     Returns:
@@ -55,7 +54,7 @@ def evaluate_utility(
         [prompt_token_ids(tokenizer, task.prompt) for questions in tasks.values() for task in questions],
         max_new_tokens=MAX_NEW_TOKENS,
         batch_size=batch_size,
-        logits_processor=logits_processor,
+        contrast=contrast,
         progress=progress,
         description="utility",
     )

@@ -6,7 +6,10 @@ of its own: the whole prompt on the first call, one token on each later one. Not
 stopping criteria and streamers work as ever.
 
 One processor serves ONE call of `generate`, because its cache belongs to that call's ids: build a fresh one for the
-next. A processor used twice is refused, never silently wrong:
+next. A processor used twice is refused, never silently wrong. Rows may be repeated (`num_return_sequences`), reordered,
+dropped or multiplied between steps, as long as each continues a row of the step before: the cache follows. Beams are
+refused: their scores are log-probabilities already, and what Eq. 7 leaves of those are none. For answers alone,
+`ContrastiveSampler` is the faster way.
 
     processor = ContrastiveLogitsProcessor(base, alpha=2.0, attention_mask=batch["attention_mask"])
     aligned.generate(**batch, do_sample=False, logits_processor=LogitsProcessorList([processor]))
@@ -17,16 +20,16 @@ bans come BEFORE. Scores that such a ban has set to -inf are refused; a repetiti
 off (Qwen2.5's generation config has 1.05).
 """
 
-import inspect
 import math
 from typing import cast, get_args
 
 import torch
-from transformers import Cache, LogitsProcessor, PreTrainedModel
+from transformers import LogitsProcessor, PreTrainedModel
 
 from deepalign.kernels.checks import check_choice, check_number
 from deepalign.kernels.contrastive_sample import contrastive_logits
 from deepalign.kernels.contrastive_sample.reference import Space
+from deepalign.sampling.decoder import CachedDecoder
 from deepalign.sampling.modes import check_evaluation_mode
 
 # Beam search hands over log-probabilities, whose logsumexp is 0 up to fp32 rounding; raw logits do not land there.
@@ -40,8 +43,8 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
         base: the base model, in evaluation mode, on any device, with the aligned model's vocabulary.
         alpha: strength, finite and >= 0; 0 leaves the scores untouched and never runs `base`.
         space: "logits" (as printed: raw logits are differenced) or "logprobs".
-        attention_mask: (B, T) of the prompt batch given to `generate`, 1 for real tokens, left padded. None says that
-            no row is padded.
+        attention_mask: (B, T) of the prompt batch given to `generate`, 1 for real tokens, left padded; with
+            `num_return_sequences` its rows are repeated here as `generate` repeats them. None: no row is padded.
 
     Raises:
         ValueError: alpha is negative or not finite, `space` is unknown, or `base` is in training mode.
@@ -63,10 +66,9 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
         self.alpha = float(alpha)
         self.space = space
         self._prompt_mask_BT = attention_mask
-        self._last_logits_only = "logits_to_keep" in inspect.signature(base.forward).parameters
+        self._decoder = CachedDecoder(base)
         self._seen_ids_BT: torch.Tensor | None = None
         self._mask_BT: torch.Tensor | None = None
-        self._cache: Cache | None = None
 
     @torch.no_grad()
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -80,15 +82,15 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
             (B, V) the scores after Eq. 7, on the scores' device; `scores` itself when alpha is 0.
 
         Raises:
-            ValueError: the ids do not continue those of the previous call by one column, the attention mask does not
-                fit the first ids, the vocabularies differ, or the scores are no longer raw logits.
+            ValueError: a row does not continue one of the previous call by one token, the attention mask does not fit
+                the first ids, the vocabularies differ, or the scores are no longer raw logits.
         """
         if self.alpha == 0:
             return scores
         if self._seen_ids_BT is None:
             self._start(input_ids, scores)
         else:
-            self._check_continues(input_ids)
+            self._follow(input_ids)
         base_logits_BV = self._advance_base(input_ids).to(device=scores.device, dtype=scores.dtype)
         _check_scores(scores, base_logits_BV)
         contrasted_BV = contrastive_logits(scores, base_logits_BV, alpha=self.alpha, space=self.space)
@@ -99,17 +101,19 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
         if mask_BT is None:
             self._check_no_padding(input_ids_BT)
             mask_BT = torch.ones_like(input_ids_BT)
-        if mask_BT.shape != input_ids_BT.shape:
+        rows, width = input_ids_BT.shape
+        if mask_BT.shape[1] != width or rows % mask_BT.shape[0]:
             raise ValueError(
-                f"attention_mask has shape {tuple(mask_BT.shape)} but generate's ids have {tuple(input_ids_BT.shape)}; "
-                "pass the mask of the same batch (for num_return_sequences repeat its rows; beams are not supported)"
+                f"attention_mask has shape {tuple(mask_BT.shape)} but generate's ids have {(rows, width)}; pass the "
+                "mask of the same batch"
             )
+        mask_BT = mask_BT.repeat_interleave(rows // mask_BT.shape[0], dim=0)
         if not bool((mask_BT[:, -1] != 0).all()):
             raise ValueError(
                 "attention_mask ends in padding; pad prompts on the left (tokenizer.padding_side = 'left')"
             )
         normalised = bool((scores_BV.float().logsumexp(dim=-1).abs() < NORMALISED_TOLERANCE).all())
-        if normalised and self.space == "logits":
+        if normalised:
             raise ValueError(
                 "the scores are log-probabilities, not raw logits: beam search is not supported; use num_beams=1"
             )
@@ -125,16 +129,24 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
                 "was given; pass the batch's attention_mask"
             )
 
-    def _check_continues(self, input_ids_BT: torch.Tensor) -> None:
+    def _follow(self, input_ids_BT: torch.Tensor) -> None:
+        """Bring the cache into the order of rows whose ids, but for the new column, are those of the last call."""
         seen_BT = self._seen_ids_BT
         assert seen_BT is not None
-        rows, width = seen_BT.shape
-        if not torch.equal(input_ids_BT[:, :-1], seen_BT):
+        assert self._mask_BT is not None
+        if torch.equal(input_ids_BT[:, :-1], seen_BT):
+            return
+        places = {tuple(ids): place for place, ids in enumerate(seen_BT.tolist())}
+        order = [places.get(tuple(ids)) for ids in input_ids_BT[:, :-1].tolist()]
+        if None in order:
             raise ValueError(
-                f"expected the previous ids {(rows, width)} with one new column, got ids of shape "
-                f"{tuple(input_ids_BT.shape)} that do not continue them: beams, reordered or regrown batches are not "
-                "supported, and each call of generate needs a fresh ContrastiveLogitsProcessor"
+                f"expected rows of the previous ids {tuple(seen_BT.shape)} with one new token each, got ids of shape "
+                f"{tuple(input_ids_BT.shape)} of which row {order.index(None)} continues none of them: each call of "
+                "generate needs a fresh ContrastiveLogitsProcessor"
             )
+        order_B = torch.tensor(order, device=self._mask_BT.device)
+        self._decoder.select_rows(order_B)
+        self._mask_BT = self._mask_BT[order_B]
 
     def _advance_base(self, input_ids_BT: torch.Tensor) -> torch.Tensor:
         """Run the base model over the columns it has not seen; (B, V) logits for the next token."""
@@ -145,18 +157,8 @@ class ContrastiveLogitsProcessor(LogitsProcessor):
             self._mask_BT = torch.cat([self._mask_BT, self._mask_BT.new_ones(len(self._mask_BT), 1)], dim=1)
         # A padded position must not count, or the base model would see a shifted sentence.
         position_ids_BT = (self._mask_BT.cumsum(dim=-1) - 1).clamp(min=0)
-        only_last = {"logits_to_keep": 1} if self._last_logits_only else {}
-        output = self.base(
-            input_ids=input_ids_BT[:, -new_columns:].to(self.base.device),
-            attention_mask=self._mask_BT,
-            position_ids=position_ids_BT[:, -new_columns:],
-            past_key_values=self._cache,
-            use_cache=True,
-            **only_last,
-        )
-        self._cache = output.past_key_values
         self._seen_ids_BT = input_ids_BT.clone()
-        return output.logits[:, -1]
+        return self._decoder.advance(input_ids_BT[:, -new_columns:], self._mask_BT, position_ids_BT[:, -new_columns:])
 
 
 def _check_scores(scores_BV: torch.Tensor, base_logits_BV: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
 
 from deepalign.data.chat import prompt_token_ids
+from deepalign.evaluate.generation import Contrast
 from deepalign.evaluate.prefill import AttackExample, Outcome, prefill_attack
 from deepalign.sampling import ContrastiveLogitsProcessor
 from tests.sampling.stepwise import stepwise_greedy
@@ -132,21 +133,28 @@ def test_an_answer_ends_at_any_end_id_of_the_checkpoint(model, tokenizer):
     assert attack(model, tokenizer).records[0]["continuation"].split() == plain[: plain.index(plain[2])]
 
 
-def test_each_batch_gets_a_contrastive_processor_of_its_own(model, tokenizer):
+@pytest.mark.parametrize("through", ["contrast", "logits_processor"])
+def test_contrastive_decoding_as_a_defence(model, tokenizer, through):
     base = make_model(3, tokenizer).eval()
     with torch.no_grad():
         base.lm_head.weight.mul_(1.5)
 
-    def contrastive(mask: torch.Tensor) -> LogitsProcessorList:
+    def processors(mask: torch.Tensor) -> LogitsProcessorList:  # a processor serves one batch
         return LogitsProcessorList([ContrastiveLogitsProcessor(base, alpha=1.5, attention_mask=mask)])
 
-    result = attack(model, tokenizer, batch_size=2, logits_processor=contrastive)
+    defence = {"contrast": Contrast(base, 1.5)} if through == "contrast" else {"logits_processor": processors}
+    result = attack(model, tokenizer, batch_size=2, **defence)
     for example, record in zip(EXAMPLES, result.records, strict=True):
         target = tokenizer(example.target, add_special_tokens=False)["input_ids"]
         prompt = prompt_token_ids(tokenizer, example.prompt) + target[:2]
         new_ids = stepwise_greedy(model, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5)
         assert record["continuation"] == expected_text(tokenizer, new_ids)
     assert result.records != attack(model, tokenizer).records
+
+
+def test_two_defences_at_once_are_refused(model, tokenizer):
+    with pytest.raises(ValueError, match="both given"):
+        attack(model, tokenizer, contrast=Contrast(model, 1.0), logits_processor=spy_factory([]))
 
 
 def test_outcomes_are_the_judges_and_are_counted(model, tokenizer):

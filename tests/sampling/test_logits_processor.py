@@ -1,56 +1,12 @@
 import pytest
 import torch
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    LogitsProcessorList,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import LogitsProcessorList, PreTrainedModel
 
 from deepalign.sampling import ContrastiveLogitsProcessor
+from tests.sampling.pairs import FAMILIES, PAD, PROMPTS, left_padded, make_model, make_pair
 from tests.sampling.stepwise import stepwise_greedy
 
-PAD = 0
-PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14, 15, 16, 17]]
 NEW_TOKENS = 12
-FAMILIES = {
-    "gpt2": (GPT2Config, GPT2LMHeadModel),  # absolute positions: rotary models cannot see a shift by the padding
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-}
-
-
-def make_model(family: str, seed: int, vocab_size: int = 37) -> PreTrainedModel:
-    config_class, model_class = FAMILIES[family]
-    torch.manual_seed(seed)
-    config = config_class(
-        vocab_size=vocab_size,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,
-        pad_token_id=PAD,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return model_class(config).eval()
-
-
-def make_pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A model and a noisy copy of it that is surer of itself, so that the greedy token is often base-favored."""
-    aligned, base = make_model(family, 0), make_model(family, 0)
-    with torch.no_grad():
-        for parameter in base.parameters():
-            parameter.add_(0.03 * torch.randn_like(parameter))
-        base.lm_head.weight.mul_(1.5)
-    return aligned, base
 
 
 @pytest.fixture(scope="module", params=sorted(FAMILIES))
@@ -61,14 +17,6 @@ def pair(request: pytest.FixtureRequest) -> tuple[PreTrainedModel, PreTrainedMod
 @pytest.fixture(scope="module")
 def llamas() -> tuple[PreTrainedModel, PreTrainedModel]:
     return make_pair("llama")
-
-
-def left_padded(prompts: list[list[int]]) -> dict[str, torch.Tensor]:
-    width = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[PAD] * (width - len(p)) + p for p in prompts]),
-        "attention_mask": torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts]),
-    }
 
 
 def generate(model: PreTrainedModel, batch: dict[str, torch.Tensor], processor, **options) -> list[list[int]]:
@@ -161,7 +109,7 @@ def test_beams_are_refused_where_probabilities_are_differenced_too(llamas):
     aligned, base = llamas
     batch = left_padded(PROMPTS)
     processor = ContrastiveLogitsProcessor(base, alpha=1.0, space="logprobs", attention_mask=batch["attention_mask"])
-    with pytest.raises(ValueError, match="beams are not supported"):
+    with pytest.raises(ValueError, match="log-probabilities, not raw logits"):
         generate(aligned, batch, processor, num_beams=2)
 
 
@@ -175,14 +123,42 @@ def test_a_used_processor_is_refused(llamas):
 
 @pytest.mark.parametrize(
     "second",
-    [[[7, 8, 1], [5, 6, 1]], [[5, 6, 1, 1], [7, 8, 1, 1]], [[5, 6, 1]], [[5, 6], [7, 8]]],
-    ids=["reordered", "two columns", "fewer rows", "same ids"],
+    [[[5, 6, 1, 1], [7, 8, 1, 1]], [[5, 6, 1], [7, 9, 1]], [[5, 6], [7, 8]]],
+    ids=["two columns", "another row", "same ids"],
 )
 def test_ids_that_do_not_continue_the_last_call_are_refused(llamas, second):
     processor = ContrastiveLogitsProcessor(llamas[1], alpha=1.0)
     processor(torch.tensor([[5, 6], [7, 8]]), torch.randn(2, 37))
-    with pytest.raises(ValueError, match="one new column"):
+    with pytest.raises(ValueError, match="one new token"):
         processor(torch.tensor(second), torch.randn(len(second), 37))
+
+
+@pytest.mark.parametrize("order", [[2, 0, 1], [0, 0, 1, 2, 2], [1]], ids=["reordered", "regrown", "dropped"])
+def test_the_cache_follows_rows_that_move(pair, order):
+    aligned, base = pair
+    batch = left_padded(PROMPTS)
+    processor = ContrastiveLogitsProcessor(base, alpha=1.5, attention_mask=batch["attention_mask"])
+    ids_BT, mask_BT = batch["input_ids"], batch["attention_mask"]
+    rows = list(range(len(PROMPTS)))
+    for step in range(NEW_TOKENS):
+        if step in (3, 7) and len(rows) > 1:
+            chosen = order if step == 3 else list(range(len(rows)))[::-1]
+            ids_BT, mask_BT, rows = ids_BT[chosen], mask_BT[chosen], [rows[i] for i in chosen]
+        positions_BT = (mask_BT.cumsum(-1) - 1).clamp(min=0)
+        scores_BV = aligned(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits[:, -1]
+        next_B1 = processor(ids_BT, scores_BV).argmax(-1, keepdim=True)
+        ids_BT, mask_BT = torch.cat([ids_BT, next_B1], dim=1), torch.cat([mask_BT, torch.ones_like(next_B1)], dim=1)
+    expected = [stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
+    assert ids_BT[:, -NEW_TOKENS:].tolist() == [expected[row] for row in rows]
+
+
+def test_several_answers_to_a_prompt_need_only_the_mask_of_the_prompts(llamas):
+    aligned, base = llamas
+    batch = left_padded(PROMPTS)
+    processor = ContrastiveLogitsProcessor(base, alpha=1.5, attention_mask=batch["attention_mask"])
+    got = generate(aligned, batch, processor, do_sample=True, top_k=1, num_return_sequences=2)
+    expected = [stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
+    assert got == [ids for ids in expected for _ in range(2)]
 
 
 def test_another_vocabulary_is_refused(llamas):

@@ -1,0 +1,245 @@
+"""`deepalign sample`: files that survive a kill, and a conversation."""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from deepalign.cli import main
+from deepalign.sampling import ContrastiveSampler, batch_run
+from deepalign.sampling.cli import add_arguments, chat
+from tests.tiny import WORDS, make_model, make_tokenizer
+
+ROWS = 13
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
+    for seed, name in ((0, "aligned"), (1, "base")):
+        make_model(seed, tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.jsonl"
+    rows = [{"prompt": " ".join(WORDS[i : i + 1 + i % 4]), "id": f"row-{i}"} for i in range(ROWS - 1)]
+    rows.append({"messages": [{"role": "system", "content": "w1"}, {"role": "user", "content": "w2 w3"}]})
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def arguments(models: Path, prompts: Path, out: Path, *more: str) -> list[str]:
+    names = ["--aligned", str(models / "aligned"), "--base", str(models / "base")]
+    files = ["--input", str(prompts), "--output", str(out), "--batch-size", "4", "--no-progress"]
+    return ["sample", *names, *files, "--alpha", "0.5", "--max-new-tokens", "6", *more]
+
+
+def sample(models: Path, prompts: Path, out: Path, *more: str) -> list[dict]:
+    assert main(arguments(models, prompts, out, *more)) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_every_row_is_answered_in_order(models, prompts, tmp_path):
+    answers = sample(models, prompts, tmp_path / "out.jsonl")
+    assert [answer["index"] for answer in answers] == list(range(ROWS))
+    assert [answer["id"] for answer in answers[:-1]] == [f"row-{i}" for i in range(ROWS - 1)]
+    tokenizer = make_tokenizer()
+    pair = [make_model(seed, tokenizer).eval() for seed in (0, 1)]
+    sampler = ContrastiveSampler(*pair, tokenizer, alpha=0.5)
+    for row, answer in enumerate(answers):
+        messages = answer.get("messages") or [{"role": "user", "content": answer["prompt"]}]
+        expected = sampler.generate(messages, max_new_tokens=6, seed=row)[0]
+        assert answer["text"] == expected.text
+        assert answer["finish_reason"] == expected.finish_reason
+        assert answer["new_tokens"] == len(expected.token_ids)
+        assert answer["mean_logprob"] == pytest.approx(sum(expected.logprobs) / len(expected.token_ids), abs=1e-5)
+
+
+def test_the_batch_size_does_not_matter(models, prompts, tmp_path):
+    texts = [
+        [answer["text"] for answer in sample(models, prompts, tmp_path / f"{size}.jsonl", "--batch-size", size)]
+        for size in ("1", "5", "50")
+    ]
+    assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("cut", [0, 1, 40, "after row 0", "in row 5", "whole"])
+def test_a_cut_file_is_completed(models, prompts, tmp_path, cut):
+    out = tmp_path / "out.jsonl"
+    sample(models, prompts, out)
+    whole = out.read_text()
+    lines = whole.splitlines(keepends=True)
+    kept = {"after row 0": lines[0], "in row 5": "".join(lines[:5]) + lines[5][:-1], "whole": whole}
+    out.write_text(kept.get(cut, whole[: cut if isinstance(cut, int) else 0]))
+    sample(models, prompts, out)
+    again = [json.loads(line) for line in out.read_text().splitlines()]
+    for answer, line in zip(again, lines, strict=True):
+        expected = json.loads(line)  # other batches round the log-probabilities otherwise
+        assert answer.pop("mean_logprob") == pytest.approx(expected.pop("mean_logprob"), abs=1e-5)
+        assert answer == expected
+
+
+def test_a_killed_run_goes_on(models, prompts, tmp_path):
+    """Killed for good after the second batch of a run whose batches are slow."""
+    out, code = (
+        tmp_path / "out.jsonl",
+        (
+            "import sys, time\n"
+            "from deepalign.sampling import batch_run\n"
+            "append = batch_run._append\n"
+            "def slow(file, text):\n"
+            "    append(file, text)\n"
+            "    time.sleep(0.5)\n"
+            "batch_run._append = slow\n"
+            "from deepalign.cli import main\n"
+            "main(sys.argv[1:])\n"
+        ),
+    )
+    command = [sys.executable, "-c", code, *arguments(models, prompts, out)]
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not (out.exists() and out.read_text().count("\n") >= 8):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = out.read_text()
+    assert 8 <= before.count("\n") < ROWS
+    answers = sample(models, prompts, out)
+    assert out.read_text().startswith(before), "what was there stays as it is"
+    expected = sample(models, prompts, tmp_path / "uninterrupted.jsonl")
+    assert [a["index"] for a in answers] == list(range(ROWS))
+    assert [a["text"] for a in answers] == [a["text"] for a in expected]
+
+
+def refused(capsys, *command: str) -> str:
+    assert main(list(command)) == 2
+    return capsys.readouterr().err
+
+
+def test_a_file_of_another_run_is_refused_and_left_alone(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    sample(models, prompts, out)
+    before = out.read_text()
+    for more, changed in (
+        (["--alpha", "0.6"], "options"),
+        (["--seed", "1"], "generate"),
+        (["--stop", "w1"], "generate"),
+        (["--base", str(models / "aligned")], "models"),
+    ):
+        message = refused(capsys, *arguments(models, prompts, out, *more))
+        assert f"written with other settings ({changed})" in message
+    with prompts.open("a") as file:
+        file.write('{"prompt": "w1"}\n')
+    assert "other settings (prompts)" in refused(capsys, *arguments(models, prompts, out))
+    foreign = tmp_path / "foreign.jsonl"
+    foreign.write_text('{"index": 0}\n')
+    assert "no run of this command wrote it" in refused(capsys, *arguments(models, prompts, foreign))
+    assert (out.read_text(), foreign.read_text()) == (before, '{"index": 0}\n')
+
+
+def test_an_edited_file_is_refused(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    sample(models, prompts, out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join([*lines[:3], *lines[4:]]))
+    assert "is not the answer to row 3" in refused(capsys, *arguments(models, prompts, out))
+
+
+def test_two_writers_are_refused(models, prompts, tmp_path, capsys):
+    out = tmp_path / "out.jsonl"
+    with batch_run._locked(out):
+        assert "written by another process" in refused(capsys, *arguments(models, prompts, out))
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("[]", "prompts.jsonl:2: expected a JSON object, got list"),
+        ('{"question": "w1"}', "either the key 'prompt' or 'messages'"),
+        ('{"prompt": "w1", "index": 3}', "the keys index are written by this command"),
+        ('{"prompt": ""}', "non-empty"),
+        ('{"messages": [{"role": "assistant", "content": "w1"}]}', "the last message is the assistant's"),
+        ('{"prompt": "w1"', "not valid JSON"),
+        (json.dumps({"prompt": "w1 " * 70}), "context of 64"),
+    ],
+)
+def test_bad_rows_are_refused_before_anything_is_written(models, tmp_path, capsys, row, message):
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "w1"}\n' + row + "\n")
+    assert message in refused(capsys, *arguments(models, prompts, out))
+    assert not out.exists()
+
+
+def test_bad_options_are_refused_in_one_message(models, prompts, tmp_path, capsys):
+    good = arguments(models, prompts, tmp_path / "out.jsonl")
+    assert "alpha is -1.0" in refused(capsys, *good, "--alpha", "-1")
+    assert "nowhere does not exist" in refused(capsys, *good, "--base", str(tmp_path / "nowhere"))
+    assert "go together" in refused(capsys, *good[:7])
+    assert "give --base" in refused(capsys, "sample", "--aligned", str(models / "aligned"))
+    assert "either --aligned, or --adapter" in refused(capsys, "sample", "--base", str(models / "base"))
+    assert "batch_size" in refused(capsys, *good, "--batch-size", "0")
+    with pytest.raises(SystemExit, match="0"):
+        main(["sample", "--help"])
+    assert "--alpha" in capsys.readouterr().out
+    make_tokenizer(["w1", "w0"]).save_pretrained(tmp_path / "other")
+    make_model(1, make_tokenizer(["w1", "w0"])).save_pretrained(tmp_path / "other")
+    assert "the tokenizers of aligned and base differ" in refused(capsys, *good, "--base", str(tmp_path / "other"))
+
+
+def test_alpha_0_needs_no_base_and_an_adapter_no_aligned_model(models, prompts, tmp_path):
+    files = ["--input", str(prompts), "--output"]
+    aligned = ["--aligned", str(models / "aligned"), "--alpha", "0", "--no-progress"]
+    assert main(["sample", *aligned, *files, str(tmp_path / "alone.jsonl"), "--max-new-tokens", "6"]) == 0
+    alone = [json.loads(line)["text"] for line in (tmp_path / "alone.jsonl").read_text().splitlines()]
+    assert alone != [answer["text"] for answer in sample(models, prompts, tmp_path / "contrasted.jsonl")]
+    tokenizer = make_tokenizer()
+    peft_model = get_peft_model(make_model(1, tokenizer), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            parameter.add_(0.5 * ("lora_B" in name))
+    peft_model.save_pretrained(tmp_path / "adapter")
+    adapter = ["--base", str(models / "base"), "--adapter", str(tmp_path / "adapter"), "--stats", "--no-progress"]
+    assert main(["sample", *adapter, *files, str(tmp_path / "adapter.jsonl"), "--max-new-tokens", "6"]) == 0
+    answers = [json.loads(line) for line in (tmp_path / "adapter.jsonl").read_text().splitlines()]
+    assert len(answers) == ROWS
+    assert max(answer["mean_mass_taken"] for answer in answers) > 0
+
+
+def test_a_conversation(capsys):
+    tokenizer = make_tokenizer()
+    sampler = ContrastiveSampler(*[make_model(seed, tokenizer).eval() for seed in (0, 1)], tokenizer, alpha=0.5)
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["--max-new-tokens", "8", "--seed", "3", "--system", "w9"])
+    lines = iter(["w1 w2", "", "/reset", "w3", "w4", "w5 " * 60])
+
+    def read(prompt: str) -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    messages = chat(sampler, options, read)
+    system = {"role": "system", "content": "w9"}
+    first = sampler.generate([system, {"role": "user", "content": "w3"}], max_new_tokens=8, seed=4)[0].text
+    asked = [system, {"role": "user", "content": "w3"}, {"role": "assistant", "content": first}]
+    asked.append({"role": "user", "content": "w4"})
+    second = sampler.generate(asked, max_new_tokens=8, seed=5)[0].text
+    assert messages == [*asked, {"role": "assistant", "content": second}]
+    printed = capsys.readouterr()
+    assert f"{first}\n{second}\n" in printed.out
+    assert "context of 64" in printed.err  # and the conversation goes on

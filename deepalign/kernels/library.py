@@ -30,6 +30,7 @@ def _load_native() -> str | None:
 
 
 LIBRARY.define("cpu_isa() -> str")
+LIBRARY.define("has_gemm_bf16() -> bool")
 WHY_NO_NATIVE = _load_native()
 
 

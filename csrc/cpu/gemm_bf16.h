@@ -21,7 +21,7 @@ namespace DEEPALIGN_ISA {
 
 constexpr int64_t kRows = 8, kColumns = 48;  // of a tile
 constexpr int64_t kDepth = 512;              // of a block
-constexpr int64_t kPanels = 16;              // panels of the right matrix in a block
+constexpr int64_t kPanels = 8;               // panels of the right matrix in a block
 constexpr int64_t kLeftPanels = 16;          // panels of the left matrix in a block
 
 DEEPALIGN_INLINE __mmask16 lanes(int64_t n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1u); }
@@ -69,8 +69,8 @@ DEEPALIGN_INLINE void transpose(__m512i x[16]) {
 
 // 16 pairs of one line of a matrix whose lines run along the depth.
 DEEPALIGN_INLINE __m512i load_pairs(const BFloat16* from, int64_t depth) {
-  const __mmask32 mask = depth >= 32 ? __mmask32(-1) : __mmask32((1u << depth) - 1u);
-  return _mm512_maskz_loadu_epi16(mask, from);
+  if (depth >= 32) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi16(__mmask32((1u << depth) - 1u), from);
 }
 DEEPALIGN_INLINE __m512i load_pairs(const float* from, int64_t depth) {
   const __m512 low = _mm512_maskz_loadu_ps(lanes(depth), from);
@@ -78,8 +78,28 @@ DEEPALIGN_INLINE __m512i load_pairs(const float* from, int64_t depth) {
   return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
-// `lines` lines (rows of the left matrix, columns of the right one) of a block, `kWidth` dwords per pair; those missing
-// are 0. `stride_line`, `stride_depth`: of the matrix; one of them is 1.
+// 16 lines, or fewer, whose entries run along the depth: 16 pairs of each, transposed into 16 steps of kWidth dwords.
+template <int64_t kWidth, bool kWhole, class T>
+DEEPALIGN_INLINE void pack_square(const T* from, int64_t stride_line, int64_t lines, int64_t depth, uint32_t* to) {
+  __m512i x[16];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) {
+    x[i] = kWhole || i < lines ? load_pairs(from + i * stride_line, kWhole ? 32 : depth) : _mm512_setzero_si512();
+  }
+  transpose(x);
+  const int64_t pairs = (depth + 1) / 2;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) {
+    if constexpr (kWhole && kWidth >= 16) {
+      _mm512_storeu_si512(to + i * kWidth, x[i]);
+    } else {
+      if (kWhole || i < pairs) _mm512_mask_storeu_epi32(to + i * kWidth, lanes(kWidth), x[i]);
+    }
+  }
+}
+
+// `lines` lines (rows of the left matrix, columns of the right one) of a block, kWidth dwords per pair; those missing are
+// 0. `stride_line`, `stride_depth`: of the matrix; one of them is 1.
 template <int64_t kWidth, class T>
 DEEPALIGN_INLINE void pack(const T* from, int64_t stride_line, int64_t stride_depth, int64_t lines, int64_t depth,
                            uint32_t* to) {
@@ -90,46 +110,79 @@ DEEPALIGN_INLINE void pack(const T* from, int64_t stride_line, int64_t stride_de
       for (int64_t g = 0; g < kWidth; g += 16) {
         const __mmask16 mask = lanes(lines - g), second = k + 1 < depth ? mask : __mmask16(0);
         const __m512i pairs = interleave(load_bf16(mask, low + g), load_bf16(second, high + g));
-        _mm512_mask_storeu_epi32(to + g, lanes(kWidth - g), pairs);
+        if constexpr (kWidth >= 16) {
+          _mm512_storeu_si512(to + g, pairs);
+        } else {
+          _mm512_mask_storeu_epi32(to + g, lanes(kWidth), pairs);
+        }
       }
     }
     return;
   }
   for (int64_t g = 0; g < kWidth; g += 16) {
-    const int64_t here = std::min<int64_t>({16, kWidth - g, lines - g});
+    const int64_t here = lines - g;
     for (int64_t k = 0; k < depth; k += 32) {
-      __m512i x[16];
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) {
-        x[i] = i < here ? load_pairs(from + (g + i) * stride_line + k, depth - k) : _mm512_setzero_si512();
-      }
-      transpose(x);
-      const int64_t pairs = (std::min<int64_t>(32, depth - k) + 1) / 2;
-#pragma GCC unroll 16
-      for (int64_t i = 0; i < 16; ++i) {
-        if (i < pairs) _mm512_mask_storeu_epi32(to + (k / 2 + i) * kWidth + g, lanes(kWidth - g), x[i]);
+      const T* at = from + g * stride_line + k;
+      if (here >= std::min<int64_t>(16, kWidth) && depth - k >= 32 && kWidth >= 16) {
+        pack_square<kWidth, true>(at, stride_line, 16, 32, to + k / 2 * kWidth + g);
+      } else {
+        const int64_t wanted = std::min<int64_t>(here, kWidth - g);
+        pack_square<kWidth, false>(at, stride_line, wanted, std::min<int64_t>(32, depth - k), to + k / 2 * kWidth + g);
       }
     }
   }
 }
 
-// A tile of out: rows x columns of it exist.
-DEEPALIGN_INLINE void tile(const uint32_t* left, const uint32_t* right, int64_t pairs, float* out, int64_t stride,
-                           int64_t rows, int64_t columns, bool add) {
-  __m512 sums[kRows][3];
-#pragma GCC unroll 8
-  for (int r = 0; r < kRows; ++r) sums[r][0] = sums[r][1] = sums[r][2] = _mm512_setzero_ps();
-  for (int64_t p = 0; p < pairs; ++p, left += kRows, right += kColumns) {
-    const __m512bh r0 = (__m512bh)_mm512_load_si512(right), r1 = (__m512bh)_mm512_load_si512(right + 16),
-                   r2 = (__m512bh)_mm512_load_si512(right + 32);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const __m512bh l = (__m512bh)_mm512_set1_epi32(int(left[r]));
-      sums[r][0] = _mm512_dpbf16_ps(sums[r][0], l, r0);
-      sums[r][1] = _mm512_dpbf16_ps(sums[r][1], l, r1);
-      sums[r][2] = _mm512_dpbf16_ps(sums[r][2], l, r2);
+// The lines of memory that the next block of the right matrix will be packed from, a share of them fetched into the
+// second-level cache beside every tile of this one: packing would wait for memory otherwise (15% of the time at 64 rows).
+struct Prefetch {
+  const char* from;
+  int64_t stride, bytes, lines;  // contiguous bytes of every line
+  int64_t next;                  // how many cache lines have been fetched
+
+  DEEPALIGN_INLINE int64_t per_line() const { return (bytes + 63) / 64; }
+  DEEPALIGN_INLINE int64_t left() const { return lines * per_line() - next; }
+  DEEPALIGN_INLINE int64_t addresses(int64_t wanted, const char** to) {
+    const int64_t count = std::min(wanted, left());
+    if (count <= 0) return 0;
+    int64_t line = next / per_line(), at = next % per_line();
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = from + line * stride + 64 * at;
+      if (++at == per_line()) at = 0, ++line;
     }
+    next += count;
+    return count;
   }
+};
+
+struct Sums {
+  __m512 at[kRows][3];
+};
+
+DEEPALIGN_INLINE void step(const uint32_t* left, const uint32_t* right, Sums& sums) {
+  const __m512bh r0 = (__m512bh)_mm512_load_si512(right), r1 = (__m512bh)_mm512_load_si512(right + 16),
+                 r2 = (__m512bh)_mm512_load_si512(right + 32);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const __m512bh l = (__m512bh)_mm512_set1_epi32(int(left[r]));
+    sums.at[r][0] = _mm512_dpbf16_ps(sums.at[r][0], l, r0);
+    sums.at[r][1] = _mm512_dpbf16_ps(sums.at[r][1], l, r1);
+    sums.at[r][2] = _mm512_dpbf16_ps(sums.at[r][2], l, r2);
+  }
+}
+
+// A tile of out: rows x columns of it exist. `fetch`: `fetches` <= pairs addresses to prefetch on the way.
+DEEPALIGN_INLINE void tile(const uint32_t* left, const uint32_t* right, int64_t pairs, float* out, int64_t stride,
+                           int64_t rows, int64_t columns, bool add, const char* const* fetch, int64_t fetches) {
+  Sums sums;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sums.at[r][0] = sums.at[r][1] = sums.at[r][2] = _mm512_setzero_ps();
+  int64_t p = 0;
+  for (; p < fetches; ++p, left += kRows, right += kColumns) {
+    _mm_prefetch(fetch[p], _MM_HINT_T1);
+    step(left, right, sums);
+  }
+  for (; p < pairs; ++p, left += kRows, right += kColumns) step(left, right, sums);
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
     if (r >= rows) break;
@@ -137,53 +190,91 @@ DEEPALIGN_INLINE void tile(const uint32_t* left, const uint32_t* right, int64_t 
     for (int g = 0; g < 3; ++g) {
       float* at = out + r * stride + 16 * g;
       const __mmask16 mask = lanes(columns - 16 * g);
-      const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums[r][g]) : sums[r][g];
+      const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums.at[r][g]) : sums.at[r][g];
       _mm512_mask_storeu_ps(at, mask, sum);
     }
   }
 }
 
+// One thread's columns of out.
 template <class T>
-void gemm_columns(const GemmArgs& args, int64_t first, int64_t last) {
-  std::vector<uint32_t> memory(size_t((kLeftPanels * kRows + kPanels * kColumns) * kDepth / 2 + 32));
-  uint32_t* right = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63));
-  uint32_t* left = right + kPanels * kColumns * kDepth / 2;
-  const T* left_matrix = static_cast<const T*>(args.left);
-  const BFloat16* right_matrix = static_cast<const BFloat16*>(args.right);
-  for (int64_t j = first; j < last; j += kPanels * kColumns) {
-    const int64_t columns = std::min(kPanels * kColumns, last - j);
-    for (int64_t k = 0; k < args.depth; k += kDepth) {
-      const int64_t depth = std::min(kDepth, args.depth - k), pairs = (depth + 1) / 2;
-      for (int64_t c = 0; c < columns; c += kColumns) {
-        pack<kColumns>(right_matrix + k * args.right_stride_depth + (j + c) * args.right_stride_column,
-                       args.right_stride_column, args.right_stride_depth, std::min(kColumns, columns - c), depth,
-                       right + c * pairs);
-      }
-      for (int64_t i = 0; i < args.rows; i += kLeftPanels * kRows) {
-        const int64_t rows = std::min(kLeftPanels * kRows, args.rows - i);
-        for (int64_t r = 0; r < rows; r += kRows) {
-          pack<kRows>(left_matrix + (i + r) * args.left_stride_row + k * args.left_stride_depth, args.left_stride_row,
-                      args.left_stride_depth, std::min(kRows, rows - r), depth, left + r * pairs);
-        }
-        for (int64_t c = 0; c < columns; c += kColumns) {
-          for (int64_t r = 0; r < rows; r += kRows) {
-            tile(left + r * pairs, right + c * pairs, pairs, args.out + (i + r) * args.out_stride + j + c, args.out_stride,
-                 rows - r, std::min(kColumns, columns - c), args.accumulate || k > 0);
-          }
-        }
+class GemmColumns {
+ public:
+  GemmColumns(const GemmArgs& args, int64_t first, int64_t last)
+      : args_(args), first_(first), last_(last),
+        memory_(size_t((kLeftPanels * kRows + kPanels * kColumns) * kDepth / 2 + 32)) {
+    right_ = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t(63));
+    left_ = right_ + kPanels * kColumns * kDepth / 2;
+  }
+
+  void run() {
+    for (int64_t j = first_; j < last_; j += kPanels * kColumns) {
+      for (int64_t k = 0; k < args_.depth; k += kDepth) block(j, k);
+    }
+  }
+
+ private:
+  int64_t columns_at(int64_t j) const { return std::min(kPanels * kColumns, last_ - j); }
+  int64_t depth_at(int64_t k) const { return std::min(kDepth, args_.depth - k); }
+  const BFloat16* right_at(int64_t k, int64_t j) const {
+    return static_cast<const BFloat16*>(args_.right) + k * args_.right_stride_depth + j * args_.right_stride_column;
+  }
+
+  // What follows the block at (j, k); no lines after the last one.
+  Prefetch after(int64_t j, int64_t k) const {
+    k += kDepth;
+    if (k >= args_.depth) k = 0, j += kPanels * kColumns;
+    if (j >= last_) return {nullptr, 0, 0, 0, 0};
+    const char* from = reinterpret_cast<const char*>(right_at(k, j));
+    const int64_t depth = depth_at(k), columns = columns_at(j);
+    if (args_.right_stride_depth == 1) return {from, 2 * args_.right_stride_column, 2 * depth, columns, 0};
+    return {from, 2 * args_.right_stride_depth, 2 * columns, depth, 0};
+  }
+
+  void block(int64_t j, int64_t k) {
+    const int64_t columns = columns_at(j), depth = depth_at(k), pairs = (depth + 1) / 2;
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      pack<kColumns>(right_at(k, j + c), args_.right_stride_column, args_.right_stride_depth,
+                     std::min(kColumns, columns - c), depth, right_ + c * pairs);
+    }
+    Prefetch prefetch = after(j, k);
+    const int64_t tiles = ((args_.rows + kRows - 1) / kRows) * ((columns + kColumns - 1) / kColumns);
+    const int64_t share = std::min(pairs, (prefetch.left() + tiles - 1) / tiles);
+    for (int64_t i = 0; i < args_.rows; i += kLeftPanels * kRows) rows_of_block(i, j, k, share, prefetch);
+  }
+
+  void rows_of_block(int64_t i, int64_t j, int64_t k, int64_t share, Prefetch& prefetch) {
+    const int64_t rows = std::min(kLeftPanels * kRows, args_.rows - i), columns = columns_at(j);
+    const int64_t depth = depth_at(k), pairs = (depth + 1) / 2;
+    const T* left = static_cast<const T*>(args_.left) + i * args_.left_stride_row + k * args_.left_stride_depth;
+    for (int64_t r = 0; r < rows; r += kRows) {
+      pack<kRows>(left + r * args_.left_stride_row, args_.left_stride_row, args_.left_stride_depth,
+                  std::min(kRows, rows - r), depth, left_ + r * pairs);
+    }
+    const char* addresses[kDepth / 2];
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t fetches = prefetch.addresses(share, addresses);
+        tile(left_ + r * pairs, right_ + c * pairs, pairs, args_.out + (i + r) * args_.out_stride + j + c, args_.out_stride,
+             rows - r, std::min(kColumns, columns - c), args_.accumulate || k > 0, addresses, fetches);
       }
     }
   }
-}
+
+  const GemmArgs& args_;
+  const int64_t first_, last_;
+  std::vector<uint32_t> memory_;
+  uint32_t *right_, *left_;
+};
 
 inline void gemm_bf16(const GemmArgs& args, const Parallel& parallel) {
   const int64_t panels = (args.columns + kColumns - 1) / kColumns;
   parallel(panels, [&](int64_t first, int64_t last) {
     const int64_t end = std::min(last * kColumns, args.columns);
     if (args.left_is_float) {
-      gemm_columns<float>(args, first * kColumns, end);
+      GemmColumns<float>(args, first * kColumns, end).run();
     } else {
-      gemm_columns<BFloat16>(args, first * kColumns, end);
+      GemmColumns<BFloat16>(args, first * kColumns, end).run();
     }
   });
 }

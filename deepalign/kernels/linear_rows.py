@@ -88,8 +88,8 @@ def _check_tensor(name: str, tensor: object) -> None:
         raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
     if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
         raise ValueError(
-            f"{name} is a DTensor {tensor.placements}; expected a whole tensor: gather it (.full_tensor()), or call the "
-            "loss inside the forward of the module that FSDP wraps. Vocabulary-parallel heads are not supported"
+            f"{name} is a DTensor {tensor.placements}; expected a whole tensor: gather it (.full_tensor()), or call "
+            "the loss inside the forward of the module that FSDP wraps. Vocabulary-parallel heads are not supported"
         )
     if tensor.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected bf16, fp16, fp32 or fp64: convert it first")
@@ -98,15 +98,17 @@ def _check_tensor(name: str, tensor: object) -> None:
 def _check_model(name: str, hidden: Tensor, lm_head: Tensor) -> None:
     if hasattr(lm_head, "ds_shape") and lm_head.numel() == 0:
         raise ValueError(
-            f"{name}_lm_head is partitioned by ZeRO-3 and empty here; expected the whole head: call the loss inside the "
-            "forward of the module that the engine wraps, or gather it with deepspeed.zero.GatheredParameters"
+            f"{name}_lm_head is partitioned by ZeRO-3 and empty here; expected the whole head: call the loss inside "
+            "the forward of the module that the engine wraps, or gather it with deepspeed.zero.GatheredParameters"
         )
     if lm_head.dim() != 2 or 0 in lm_head.shape:
-        raise ValueError(f"{name}_lm_head has shape {tuple(lm_head.shape)}; expected (V, H), a row per vocabulary entry")
+        raise ValueError(
+            f"{name}_lm_head has shape {tuple(lm_head.shape)}; expected (V, H), a row per vocabulary entry"
+        )
     if hidden.dim() == 0 or hidden.shape[-1] != lm_head.shape[1]:
         raise ValueError(
-            f"{name}_hidden has shape {tuple(hidden.shape)} and {name}_lm_head {tuple(lm_head.shape)}; expected (..., H) "
-            "and (V, H) with one H"
+            f"{name}_hidden has shape {tuple(hidden.shape)} and {name}_lm_head {tuple(lm_head.shape)}; expected "
+            "(..., H) and (V, H) with one H"
         )
     if hidden.dtype != lm_head.dtype:
         raise TypeError(
@@ -137,6 +139,8 @@ def check_logit_options(logit_softcap: float | None, logit_scale: float, chunk_r
 
 def under_autocast(tensor: Tensor) -> Tensor:
     """As a linear layer takes it: in autocast's dtype where autocast is on (float64 stays), differentiably."""
+    if not isinstance(tensor, Tensor):
+        return tensor  # for the checks to refuse
     device = tensor.device.type
     if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
         return tensor

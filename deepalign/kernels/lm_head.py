@@ -10,16 +10,17 @@ def lm_head_weight(module: nn.Module) -> Tensor:
     """The (V, H) matrix W such that `module(hidden)` is hidden W^T, differentiable in all of its parameters.
 
     A LoRA adapter (peft) on the output layer hides behind `module.weight`, which is the frozen matrix alone: a linear
-    loss given that one would train as if there were no adapter. Here an unmerged adapter's scaled B A is added, a (V, H)
-    temporary, and gradients reach A and B.
+    loss given that one would train as if there were no adapter. Here an unmerged adapter's scaled B A is added, a
+    (V, H) temporary, and gradients reach A and B.
 
     Args:
         module: an `nn.Linear`, or peft's LoRA around one.
 
     Raises:
         TypeError: not a module with a matrix.
-        ValueError: a bias, or an adapter that is no plain addition (DoRA, dropout in training, a bias of its own, another
-            kind): merge it first (`model.merge_and_unload()`), or leave the output layer out of `target_modules`.
+        ValueError: a bias, or an adapter that is no plain addition (DoRA, dropout in training, a bias of its own,
+            another kind): merge it first (`model.merge_and_unload()`), or leave the output layer out of
+            `target_modules`.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module is a {type(module).__name__}; expected the output layer, a torch.nn.Module")
@@ -44,7 +45,9 @@ def _with_adapters(module: Any, weight: Tensor) -> Tensor:
     for name in module.active_adapters:
         if name not in module.lora_A:
             if name in getattr(module, "lora_embedding_A", ()):
-                raise ValueError(f"adapter {name!r} is one of an embedding; expected one of a linear layer: merge it first")
+                raise ValueError(
+                    f"adapter {name!r} is one of an embedding; expected one of a linear layer: merge it first"
+                )
             continue
         weight = weight + _added_matrix(module, name).to(weight.dtype)
     return weight

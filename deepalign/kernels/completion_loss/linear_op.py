@@ -11,8 +11,9 @@ For every chunk of R rows, with scratch that the chunks share:
 A row whose two weights are 0 is dropped before the products; its gradient is 0.
 
 `deepalign::linear_completion_loss` does all of it in the forward, for upstream gradient 1: dh and dW are linear in one
-upstream scalar, and dh in one upstream gradient per row. dW is not linear in those, so a loss per row with a trained head,
-and `recompute`, do the first lines in the forward, and all of them again in `deepalign::linear_completion_loss_backward`.
+upstream scalar, and dh in one upstream gradient per row. dW is not linear in those, so a loss per row with a trained
+head, and `recompute`, compute the loss alone in the forward, and start again in the backward, where the upstream
+gradients are known: `deepalign::linear_completion_loss_backward`.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import can_read_values
+from deepalign.kernels.checks import can_read_values, compute_dtype
 from deepalign.kernels.completion_loss.api import IMPLEMENTATIONS, Implementation
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.library import LIBRARY, autograd_inside_an_op
@@ -34,8 +35,8 @@ _MODELS = (
 )
 _REST = (
     "Tensor kl_weight, Tensor completion_weight, Tensor? top_k_indices, bool drop_rows, int top_k, float teacher_mix, "
-    "float temperature, float alpha_base, float gamma, float lambda_reg, str kl_direction, str favored_from, str penalty, "
-    "SymInt vocab_size, SymInt chunk_rows, float? logit_softcap, float logit_scale, str implementation"
+    "float temperature, float alpha_base, float gamma, float lambda_reg, str kl_direction, str favored_from, "
+    "str penalty, SymInt vocab_size, SymInt chunk_rows, float? logit_softcap, float logit_scale, str implementation"
 )
 _STATISTICS = "Tensor loss, Tensor kl, Tensor completion, Tensor alpha, Tensor count, Tensor indices"
 
@@ -83,8 +84,7 @@ class Problem(NamedTuple):
     def heads(self, rows: Tensor | slice) -> tuple[Head, Head, Head]:
         """The three models at some rows."""
         student, aligned, base = (
-            Head(hidden[rows], lm_head[: self.vocab_size])
-            for hidden, lm_head in (self[0:2], self[2:4], self[4:6])
+            Head(hidden[rows], lm_head[: self.vocab_size]) for hidden, lm_head in (self[0:2], self[2:4], self[4:6])
         )
         return student, aligned, base
 
@@ -141,17 +141,13 @@ class _Gradients:
         return self.dhidden_NH, self.sum_VH.to(lm_head_VH.dtype)
 
 
-def _compute_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def _empty_statistics(problem: Problem) -> CompletionLossOutput:
     """Of rows that are not read."""
     hidden, given = problem.student_hidden, problem.top_k_indices
     rows, k = hidden.shape[0], problem.top_k if given is None else given.shape[1]
-    zeros = [hidden.new_zeros(rows, dtype=_compute_dtype(hidden)) for _ in range(4)]
-    indices = hidden.new_full((rows, k), -1, dtype=torch.int64)
-    return CompletionLossOutput(*zeros, hidden.new_zeros(rows, dtype=torch.int64), indices)
+    loss, kl, completion, alpha = (hidden.new_zeros(rows, dtype=compute_dtype(hidden)) for _ in range(4))
+    count, indices = hidden.new_zeros(rows, dtype=torch.int64), hidden.new_full((rows, k), -1, dtype=torch.int64)
+    return CompletionLossOutput(loss, kl, completion, alpha, count, indices)
 
 
 def _rows_of_chunk(problem: Problem, rows: Tensor | slice, aligned_RV: Tensor, base_RV: Tensor) -> CompletionLossInputs:
@@ -171,7 +167,7 @@ def _run(
     problem: Problem, upstream_N: Tensor | None, dhidden: bool, dlm_head: bool
 ) -> tuple[CompletionLossOutput, Tensor, Tensor]:
     """All chunks: statistics with the loss per row, dh and dW (empty where not asked for)."""
-    device, dtype = problem.student_hidden.device, _compute_dtype(problem.student_hidden)
+    device, dtype = problem.student_hidden.device, compute_dtype(problem.student_hidden)
     implementation = IMPLEMENTATIONS[problem.implementation]
     assert isinstance(implementation, Implementation)
     scratch = _Scratch(problem, dtype, dhidden or dlm_head)
@@ -284,8 +280,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor) -> tuple[Tenso
     if tensors[1].shape != ctx.shape:
         raise RuntimeError(
             f"student_lm_head had shape {tuple(ctx.shape)} in the forward and has {tuple(tensors[1].shape)} in the "
-            "backward: its owner has partitioned it. Call the loss inside the forward of the module that owns the head, "
-            "or use recompute=False with a reduction, which keeps no weights"
+            "backward: its owner has partitioned it. Call the loss inside the forward of the module that owns the "
+            "head, or use recompute=False with a reduction, which keeps no weights"
         )
     given = tensors[8] if len(tensors) > 8 else None
     results = torch.ops.deepalign.linear_completion_loss_backward(
@@ -297,8 +293,8 @@ def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor) -> tuple[Tenso
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The gradient times the upstream one, per row or the only one; the saved tensor itself is never written to."""
     if can_read_values(upstream) and bool((upstream == 1).all()):
-        # Autograd may adopt what it is given as a leaf's .grad and add to it in place: a graph that will run again needs
-        # its own. Only this private call tells.
+        # Autograd may adopt what it is given as a leaf's .grad and add to it in place: a graph that will run again
+        # needs its own. Only this private call tells.
         return gradient.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else gradient
     if upstream.dim() == 1:
         upstream = upstream.unsqueeze(-1)

@@ -142,7 +142,9 @@ def under_autocast(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, Tensor):
         return tensor  # for the checks to refuse
     device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
+        return tensor
+    if not torch.is_autocast_enabled(device):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device))
 

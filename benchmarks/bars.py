@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cases import LOSS_CASES, MEMORY_CASES
+from benchmarks.linear import FROZEN
 
 LOSS_BARS = {
     "bfloat16-64x128256": {"eager": 17.0, "compile": 9.0},
@@ -19,6 +20,9 @@ LOSS_BARS = {
 FORWARD_BAR = {"forward_backward": 1.5}
 SAMPLER_BARS = {("bfloat16-1x128256", filters): {"eager": 18.0} for filters in ("top_k", "top_k+top_p")}
 # In units of one logits tensor. In place it is 0: 0.01 leaves room for what the measurement cannot tell from it.
+# The linear loss: at most 1.10 times the bare products by every route to a float32 result, 1/6 of eager's peak memory.
+LINEAR_BARS = {"products_native_bf16": 1 / 1.10, "products_blocks": 1 / 1.10}
+LINEAR_MEMORY_BARS = {"eager_float32": 6.0}
 MEMORY_BARS = {"forward": 0.01, "forward_backward": 1.05, "forward_backward_inplace": 0.01}
 
 
@@ -39,6 +43,8 @@ def speed_bars(row: Mapping[str, Any]) -> dict[str, float]:
     """Least ratio asked of a timed row, by peer."""
     if row["implementation"] != "cpu":
         return {}
+    if row["operation"] == "linear_completion_loss":
+        return LINEAR_BARS if row["case"] == str(FROZEN) else {}
     if row["operation"] == "completion_loss" and row["mode"] == "forward":
         return FORWARD_BAR if row["case"] in map(str, LOSS_CASES) else {}
     if (row["isa"], row["threads"]) != ("avx512", 1):
@@ -57,5 +63,13 @@ def verdicts(row: Mapping[str, Any]) -> list[Verdict]:
             return []
         bar, value = MEMORY_BARS[row["mode"]], row["peak_extra_logits"]
         return [Verdict("memory", value, bar, value <= bar)]
-    found = ((name, row["peers"][name]["ratio"], bar) for name, bar in speed_bars(row).items())
+    if "peak_extra_mib" in row:
+        if row["case"] != str(FROZEN) or row["implementation"] != "linear":
+            return []
+        ratios = {name: row["eager_mib"][name] / row["peak_extra_mib"] for name in LINEAR_MEMORY_BARS}
+        return [
+            Verdict(f"{name} memory", ratios[name], bar, ratios[name] >= bar)
+            for name, bar in LINEAR_MEMORY_BARS.items()
+        ]
+    found = ((name, row["peers"][name]["ratio"], bar) for name, bar in speed_bars(row).items() if name in row["peers"])
     return [Verdict(name, value, bar, value >= bar) for name, value, bar in found]

@@ -27,6 +27,7 @@ def shown_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     where nothing else ran it."""
     timed = [row for row in rows if "peers" in row and row["threads"] == min(r["threads"] for r in rows)]
     timed = [row for row in timed if row["operation"] != "completion_loss" or row["mode"] in MODES]
+    timed = [row for row in timed if any(peer in row["peers"] for peer in PANELS)]
     fused = {row["operation"] for row in timed if row["implementation"] != "reference"}
     return [row for row in timed if row["implementation"] != "reference" or row["operation"] not in fused]
 

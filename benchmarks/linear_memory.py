@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=FROZEN.vocab)
     arguments = parser.parse_args()
     if arguments.table:
-        most = {"eager_rounded": 4096, "chunked_rounded": 65536, "linear": 65536}
+        most = {"eager_rounded": 2048, "chunked_rounded": 8192, "linear": 65536}
         print(table(arguments.hidden, arguments.vocab, most))
         return
     if arguments.contestant is None:

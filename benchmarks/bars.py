@@ -36,7 +36,7 @@ class Verdict:
     met: bool
 
     def __str__(self) -> str:
-        return f"{self.name} {self.value:.3g} against {self.bar:g}: {'met' if self.met else 'missed'}"
+        return f"{self.name} {self.value:.3g} against {self.bar:.3g}: {'met' if self.met else 'missed'}"
 
 
 def speed_bars(row: Mapping[str, Any]) -> dict[str, float]:

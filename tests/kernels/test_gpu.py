@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deepalign import CompletionLossConfig, base_favored_tokens, fused_completion_loss, position_divergence
+from deepalign.kernels.completion_loss import IMPLEMENTATIONS
 from tests.kernels.linear_helpers import Models, linear, linear_models
 
 pytestmark = pytest.mark.gpu
@@ -66,6 +67,8 @@ def test_the_linear_loss_is_that_of_the_cpu(dtype: torch.dtype, head: bool) -> N
 
 def test_linear_memory_is_that_of_a_chunk() -> None:
     """8192 tokens, H 4096, V 128256, frozen head: at most 2.5 GB beside the models."""
+    if isinstance(IMPLEMENTATIONS["triton"], str):
+        pytest.skip("the eager reference holds many temporaries of a chunk: " + IMPLEMENTATIONS["triton"])
     hidden = [torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
     heads = [torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(3)]
     pairs = [tensor for pair in zip(hidden, heads, strict=True) for tensor in pair]

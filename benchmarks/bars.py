@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.cases import LOSS_CASES, MEMORY_CASES, SAMPLING_CASES
+from benchmarks.linear import FROZEN
 
 LOSS_BARS = {
     "bfloat16-64x128256": {"eager": 17.0, "compile": 9.0},
@@ -21,6 +22,9 @@ SAMPLER_BARS = {("bfloat16-1x128256", filters): {"eager": 18.0} for filters in (
 # Of any number of threads: whole answers against `transformers`' generate, and a draw within 3% of the two forwards.
 SAMPLING_BARS = {"sampling_generate": {"generate": 1.5}, "sampling_step": {"two_forwards": 1 / 0.03}}
 # In units of one logits tensor. In place it is 0: 0.01 leaves room for what the measurement cannot tell from it.
+# The linear loss: at most 1.10 times the bare products by every route to a float32 result, 1/6 of eager's peak memory.
+LINEAR_BARS = {"products_native_bf16": 1 / 1.10, "products_blocks": 1 / 1.10}
+LINEAR_MEMORY_BARS = {"eager_float32": 6.0}
 MEMORY_BARS = {"forward": 0.01, "forward_backward": 1.05, "forward_backward_inplace": 0.01}
 
 
@@ -34,7 +38,7 @@ class Verdict:
     met: bool
 
     def __str__(self) -> str:
-        return f"{self.name} {self.value:.3g} against {self.bar:g}: {'met' if self.met else 'missed'}"
+        return f"{self.name} {self.value:.3g} against {self.bar:.3g}: {'met' if self.met else 'missed'}"
 
 
 def speed_bars(row: Mapping[str, Any]) -> dict[str, float]:
@@ -43,6 +47,8 @@ def speed_bars(row: Mapping[str, Any]) -> dict[str, float]:
         return {}
     if row["operation"] in SAMPLING_BARS:
         return SAMPLING_BARS[row["operation"]] if row["case"] in map(str, SAMPLING_CASES) else {}
+    if row["operation"] == "linear_completion_loss":
+        return LINEAR_BARS if row["case"] == str(FROZEN) else {}
     if row["operation"] == "completion_loss" and row["mode"] == "forward":
         return FORWARD_BAR if row["case"] in map(str, LOSS_CASES) else {}
     if (row["isa"], row["threads"]) != ("avx512", 1):
@@ -61,5 +67,13 @@ def verdicts(row: Mapping[str, Any]) -> list[Verdict]:
             return []
         bar, value = MEMORY_BARS[row["mode"]], row["peak_extra_logits"]
         return [Verdict("memory", value, bar, value <= bar)]
-    found = ((name, row["peers"][name]["ratio"], bar) for name, bar in speed_bars(row).items())
+    if "peak_extra_mib" in row:
+        if row["case"] != str(FROZEN) or row["implementation"] != "linear":
+            return []
+        ratios = {name: row["eager_mib"][name] / row["peak_extra_mib"] for name in LINEAR_MEMORY_BARS}
+        return [
+            Verdict(f"{name} memory", ratios[name], bar, ratios[name] >= bar)
+            for name, bar in LINEAR_MEMORY_BARS.items()
+        ]
+    found = ((name, row["peers"][name]["ratio"], bar) for name, bar in speed_bars(row).items() if name in row["peers"])
     return [Verdict(name, value, bar, value >= bar) for name, value, bar in found]

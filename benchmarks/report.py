@@ -19,6 +19,9 @@ PEERS = {
     "generate": "transformers' generate",
     "generate_tuned": "the same, dense heads",
     "two_forwards": "two forwards",
+    "products_native_bf16": "bare products, native",
+    "products_blocks": "bare products, converted blocks",
+    "products_rounded_bf16": "bare products rounded to bf16",
 }
 QUIET = 1.15  # measured with nothing else running: 1.03 to 1.1
 NOTES = """\
@@ -54,6 +57,8 @@ def markdown(result: dict[str, Any]) -> str:
         parts += [f"## {operation}", _time_table([row for row in timed if row["operation"] == operation])]
     if memory := [row for row in rows if "peak_extra_logits" in row]:
         parts += ["## Peak extra memory of completion_loss, in units of one logits tensor", _memory_table(memory)]
+    if memory := [row for row in rows if "peak_extra_mib" in row]:
+        parts += ["## Peak extra memory of linear_completion_loss, MiB", _linear_memory_table(memory)]
     if judged := [(row, verdict) for row in rows for verdict in verdicts(row)]:
         missed = [f"- {_name(row)}: {verdict}" for row, verdict in judged if not verdict.met]
         summary = f"{len(judged) - len(missed)} of {len(judged)} bars met" + (":" if missed else ".")
@@ -112,6 +117,17 @@ def _memory_table(rows: Sequence[dict[str, Any]]) -> str:
             row["allocator"],
             "; ".join(map(str, verdicts(row))),
         ]
+        for row in rows
+    ]
+    return _table(header, lines)
+
+
+def _linear_memory_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = ["case", "who", "peak extra", *(name.replace("_", ", ") for name in rows[0]["eager_mib"]), "bars"]
+    lines = [
+        [row["case"], row["implementation"], f"{row['peak_extra_mib']:.0f}"]
+        + [f"{value:.0f}" for value in row["eager_mib"].values()]
+        + ["; ".join(map(str, verdicts(row)))]
         for row in rows
     ]
     return _table(header, lines)

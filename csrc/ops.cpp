@@ -158,6 +158,34 @@ std::tuple<Tensor, Tensor> contrastive_sample(Tensor aligned, Tensor base, Tenso
   return {token_ids, logprobs};
 }
 
+// ---- products of bfloat16 matrices with a fp32 result
+
+bool has_gemm_bf16() { return kernels().gemm_bf16 != nullptr; }
+
+void gemm_bf16_into(Tensor left, Tensor right, Tensor out, bool accumulate) {
+  STD_TORCH_CHECK(has_gemm_bf16(), "deepalign: the instruction set that serves cannot multiply bfloat16");
+  for (const Tensor* matrix : {&left, &right, &out}) {
+    STD_TORCH_CHECK(matrix->is_cpu() && matrix->dim() == 2, "deepalign: left, right and out must be CPU matrices");
+    STD_TORCH_CHECK(matrix->stride(0) == 1 || matrix->stride(1) == 1 || matrix->numel() == 0,
+                    "deepalign: left, right and out must be contiguous in one dimension");
+  }
+  STD_TORCH_CHECK(left.scalar_type() == ScalarType::Float || left.scalar_type() == ScalarType::BFloat16,
+                  "deepalign: left must be float32 or bfloat16");
+  STD_TORCH_CHECK(right.scalar_type() == ScalarType::BFloat16, "deepalign: right must be bfloat16");
+  STD_TORCH_CHECK(out.scalar_type() == ScalarType::Float, "deepalign: out must be float32");
+  GemmArgs args{};
+  args.rows = out.size(0), args.columns = out.size(1), args.depth = left.size(1);
+  STD_TORCH_CHECK(left.size(0) == args.rows && right.size(0) == args.depth && right.size(1) == args.columns,
+                  "deepalign: left (rows, depth), right (depth, columns) and out (rows, columns) do not fit");
+  STD_TORCH_CHECK(args.columns <= 1 || out.stride(1) == 1, "deepalign: out must be contiguous in its columns");
+  args.left = left.data_ptr(), args.left_is_float = left.scalar_type() == ScalarType::Float;
+  args.left_stride_row = left.stride(0), args.left_stride_depth = left.stride(1);
+  args.right = right.data_ptr();
+  args.right_stride_depth = right.stride(0), args.right_stride_column = right.stride(1);
+  args.out = data<float>(out), args.out_stride = out.stride(0), args.accumulate = accumulate;
+  kernels().gemm_bf16(args, parallel());
+}
+
 // ---- which instruction set serves
 
 std::string cpu_isa() { return instruction_set(); }
@@ -171,8 +199,10 @@ STABLE_TORCH_LIBRARY_IMPL(deepalign, CPU, m) {
   m.impl("position_divergence", TORCH_BOX(&deepalign::position_divergence));
   m.impl("base_favored_tokens", TORCH_BOX(&deepalign::base_favored_tokens));
   m.impl("contrastive_sample", TORCH_BOX(&deepalign::contrastive_sample));
+  m.impl("gemm_bf16_", TORCH_BOX(&deepalign::gemm_bf16_into));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepalign, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&deepalign::cpu_isa));
+  m.impl("has_gemm_bf16", TORCH_BOX(&deepalign::has_gemm_bf16));
 }

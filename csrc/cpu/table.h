@@ -2,12 +2,19 @@
 #include "completion_loss.h"
 #include "contrastive_sample.h"
 #include "position_divergence.h"
+#ifdef DEEPALIGN_AVX512_BF16
+#include "gemm_bf16.h"
+#endif
 
 namespace deepalign {
 namespace DEEPALIGN_ISA {
 
 extern const Kernels kTable;
-const Kernels kTable = {completion_loss, position_divergence, base_favored_tokens, contrastive_sample};
+#ifdef DEEPALIGN_AVX512_BF16
+const Kernels kTable = {completion_loss, position_divergence, base_favored_tokens, contrastive_sample, gemm_bf16};
+#else
+const Kernels kTable = {completion_loss, position_divergence, base_favored_tokens, contrastive_sample, nullptr};
+#endif
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign

@@ -4,6 +4,8 @@ Schemas, fake kernels and autograd are written in Python, one `op.py` per operat
 under the op's name: the CPU's are compiled (`csrc/`) and register themselves when the extension is loaded here.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ def _load_native() -> str | None:
 
 
 LIBRARY.define("cpu_isa() -> str")
+LIBRARY.define("has_gemm_bf16() -> bool")
 WHY_NO_NATIVE = _load_native()
 
 
@@ -39,6 +42,19 @@ def cpu_isa() -> str | None:
     It is the best that the processor runs; the environment variable DEEPALIGN_CPU_ISA, read once, forces another.
     """
     return None if WHY_NO_NATIVE else torch.ops.deepalign.cpu_isa()
+
+
+@contextmanager
+def autograd_inside_an_op() -> Iterator[None]:
+    """Let operations record for autograd although the caller is an op's kernel, which runs below it.
+
+    The reference implementations differentiate by autograd; what they record never leaves them.
+    """
+    keys, excluded = torch._C.DispatchKey, torch._C._dispatch_tls_local_exclude_set()
+    for key in (keys.AutogradFunctionality, keys.AutogradOther, keys.AutogradNestedTensor, keys.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded):
+        yield
 
 
 def dense_rows(logits: Tensor) -> Tensor:

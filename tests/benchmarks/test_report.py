@@ -13,6 +13,7 @@ import pytest
 from benchmarks import report, run
 from benchmarks.bars import verdicts
 from benchmarks.environment import cpu_model
+from benchmarks.linear import FROZEN
 from benchmarks.plot import ASKED, COLORS, shown_rows
 from benchmarks.run import Leg, environment, joined, legs, runs_here
 from deepalign.kernels.library import cpu_isa
@@ -79,6 +80,32 @@ def test_memory_is_judged_by_mode() -> None:
     assert judged(memory_row()) == {"memory": True}
     assert judged(memory_row(mode="forward_backward_inplace")) == {"memory": False}
     assert judged(memory_row(implementation="eager")) == {}
+
+
+def linear_row(**changes: Any) -> dict[str, Any]:
+    peers = {f"products_{name}": {**PEER, "ratio": ratio} for name, ratio in (("native_bf16", 0.95), ("blocks", 0.8))}
+    row = timed_row(operation="linear_completion_loss", case=str(FROZEN), peers=peers)
+    return row | changes
+
+
+def linear_memory_row(implementation: str, peak: float) -> dict[str, Any]:
+    row = linear_row(implementation=implementation, mode="peak_memory")
+    del row["peers"]
+    return row | {"peak_extra_mib": peak, "eager_mib": {"eager_float32": 1200.0, "eager_rounded": 600.0}}
+
+
+def test_the_linear_loss_is_judged_beside_bare_products_and_eagers_memory() -> None:
+    assert judged(linear_row()) == {"products_native_bf16": True, "products_blocks": False}
+    without_native = linear_row(peers={"products_blocks": {**PEER, "ratio": 2.0}})
+    assert judged(without_native) == {"products_blocks": True}
+    assert judged(linear_row() | {"case": "bfloat16-8x64x2004-frozen"}) == {}
+    assert judged(linear_memory_row("linear", 199.0)) == {"eager_float32 memory": True}
+    assert judged(linear_memory_row("linear", 201.0)) == {"eager_float32 memory": False}
+    assert judged(linear_memory_row("linear_64", 900.0)) == {}
+    text = report.markdown(result_of(linear_row(), linear_memory_row("linear", 199.0)))
+    assert "| linear | 199 | 1200 | 600 | eager_float32 memory 6.03 against 6: met |" in text
+    assert "products_blocks 0.8 against 0.909: missed" in text
+    assert shown_rows([linear_row()]) == []  # the plot is of ratios to eager and compiled peers
 
 
 def test_the_table_holds_rows_circumstances_and_what_was_missed() -> None:

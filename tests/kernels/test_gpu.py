@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from deepalign import CompletionLossConfig, base_favored_tokens, fused_completion_loss, position_divergence
+from deepalign.kernels.completion_loss import IMPLEMENTATIONS
+from tests.kernels.linear_helpers import Models, linear, linear_models
 
 pytestmark = pytest.mark.gpu
 
@@ -47,3 +49,32 @@ def test_the_loss_never_waits_for_the_device(logits: list[torch.Tensor]) -> None
         fused_completion_loss(student, aligned, base, kl_weight=weight, completion_weight=weight).loss.backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_linear_loss_is_that_of_the_cpu(dtype: torch.dtype, head: bool) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        models = linear_models(33, vocab=4001, sizes=(256, 256, 192), dtype=dtype)
+        models = Models(*(tensor.to(device) for tensor in models)).trained(head)
+        output, gradients = linear(models, chunk_rows=16, logit_softcap=20.0)
+        results.append([tensor.detach().cpu() for tensor in (*output, *gradients)])
+    for number, (on_cpu, on_gpu) in enumerate(zip(*results, strict=True)):
+        coarse = number >= 6 and dtype == torch.bfloat16  # gradients, rounded to bfloat16
+        torch.testing.assert_close(on_gpu, on_cpu, rtol=2e-2 if coarse else 5e-5, atol=1e-3 if coarse else 1e-5)
+
+
+def test_linear_memory_is_that_of_a_chunk() -> None:
+    """8192 tokens, H 4096, V 128256, frozen head: at most 2.5 GB beside the models."""
+    if isinstance(IMPLEMENTATIONS["triton"], str):
+        pytest.skip("the eager reference holds many temporaries of a chunk: " + IMPLEMENTATIONS["triton"])
+    hidden = [torch.randn(8192, 4096, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
+    heads = [torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(3)]
+    pairs = [tensor for pair in zip(hidden, heads, strict=True) for tensor in pair]
+    models = Models(*pairs).trained(head=False)
+    del hidden, heads, pairs
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    linear(models)
+    assert torch.cuda.max_memory_allocated() - before <= 2.5e9

@@ -2,5 +2,12 @@
 
 from deepalign.kernels.completion_loss.api import IMPLEMENTATIONS, fused_completion_loss
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossOutput
+from deepalign.kernels.completion_loss.linear import fused_linear_completion_loss
 
-__all__ = ["IMPLEMENTATIONS", "CompletionLossConfig", "CompletionLossOutput", "fused_completion_loss"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "CompletionLossConfig",
+    "CompletionLossOutput",
+    "fused_completion_loss",
+    "fused_linear_completion_loss",
+]

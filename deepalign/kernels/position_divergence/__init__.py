@@ -7,5 +7,13 @@ from deepalign.kernels.position_divergence.api import (
     base_favored_tokens,
     position_divergence,
 )
+from deepalign.kernels.position_divergence.linear import linear_position_divergence
 
-__all__ = ["IMPLEMENTATIONS", "BaseFavoredTokens", "PositionDivergence", "base_favored_tokens", "position_divergence"]
+__all__ = [
+    "IMPLEMENTATIONS",
+    "BaseFavoredTokens",
+    "PositionDivergence",
+    "base_favored_tokens",
+    "linear_position_divergence",
+    "position_divergence",
+]

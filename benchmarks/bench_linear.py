@@ -1,0 +1,33 @@
+"""Time of the linear completion loss beside the bare products of its size, and its peak memory beside eager PyTorch."""
+
+import pytest
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from benchmarks.environment import row_environment
+from benchmarks.interleaved import compete
+from benchmarks.linear import FROZEN, TRAINED, BareProducts, LinearCase, LinearContestants, product_routes, sized
+from benchmarks.linear_memory import EAGER, OURS, in_a_process
+from deepalign.kernels.library import cpu_isa
+
+OPERATION = "linear_completion_loss"
+
+
+@pytest.mark.parametrize("case", [FROZEN, TRAINED], ids=str)
+def test_linear_completion_loss(benchmark: BenchmarkFixture, case: LinearCase) -> None:
+    case = sized(case)
+    contestants = LinearContestants(case)
+    bare = BareProducts(contestants)
+    peers = {f"products_{route}": bare.contestant(route) for route in product_routes()}
+    benchmark.extra_info |= {"operation": OPERATION, "case": str(case), "mode": "forward_backward"}
+    benchmark.extra_info |= row_environment("cpu" if cpu_isa() else "reference", "cpu")
+    compete(benchmark, contestants.library(), peers, elements=case.rows * case.vocab)
+
+
+@pytest.mark.parametrize("contestant", OURS)
+def test_linear_peak_memory(benchmark: BenchmarkFixture, contestant: str) -> None:
+    case = sized(FROZEN)
+    size = (case.rows, case.hidden, case.vocab)
+    eager = {name: in_a_process(name, *size)["peak_extra_mib"] for name in EAGER}
+    # The time is that of the child process and means nothing; the row is what it printed.
+    row = benchmark.pedantic(in_a_process, args=(contestant, *size), rounds=1)
+    benchmark.extra_info |= row | {"eager_mib": eager}

@@ -1,0 +1,283 @@
+// out (rows, columns) = left (rows, depth) right (depth, columns), or added to out: products of bfloat16 entries, summed
+// and kept in fp32. torch's own products of bfloat16 matrices round their result to bfloat16 on a CPU, and logits rounded
+// to bfloat16 are too coarse for a difference of two models.
+//
+// One instruction of AVX-512 BF16 multiplies 16 pairs of entries and adds both products to 16 floats. Its operands are
+// pairs along the depth, so both matrices are packed: a panel of the left one holds kRows dwords (pairs) per step, a
+// panel of the right one kColumns. A tile of kRows x kColumns sums stays in 24 of the 32 registers. Blocks as usual: a
+// block of the right matrix (kDepth x kPanels panels) stays in the second-level cache, one panel of it about in the first,
+// while panels of the left one pass by. Threads share nothing: each has its own columns, and packs the left for itself.
+//
+// Every entry of out is summed in the order of the depth, whatever the other rows and columns are: the result does not
+// depend on how rows are cut into chunks, nor on the number of threads. The instruction takes subnormals for 0.
+#pragma once
+
+#include <immintrin.h>
+
+#include "types.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+constexpr int64_t kRows = 8, kColumns = 48;  // of a tile
+constexpr int64_t kDepth = 512;              // of a block
+constexpr int64_t kPanels = 8;               // panels of the right matrix in a block
+constexpr int64_t kLeftPanels = 16;          // panels of the left matrix in a block
+
+DEEPALIGN_INLINE __mmask16 lanes(int64_t n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1u); }
+
+// 16 entries of a row as 16 bit each, those beyond the mask 0.
+DEEPALIGN_INLINE __m256i load_bf16(__mmask16 mask, const BFloat16* from) { return _mm256_maskz_loadu_epi16(mask, from); }
+DEEPALIGN_INLINE __m256i load_bf16(__mmask16 mask, const float* from) {
+  return (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, from));
+}
+
+// Pairs (low, high) of two rows' entries.
+DEEPALIGN_INLINE __m512i interleave(__m256i low, __m256i high) {
+  return _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
+}
+
+DEEPALIGN_INLINE void transpose(__m512i x[16]) {
+  __m512i y[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    y[2 * i] = _mm512_unpacklo_epi32(x[2 * i], x[2 * i + 1]);
+    y[2 * i + 1] = _mm512_unpackhi_epi32(x[2 * i], x[2 * i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[4 * i] = _mm512_unpacklo_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 1] = _mm512_unpackhi_epi64(y[4 * i], y[4 * i + 2]);
+    x[4 * i + 2] = _mm512_unpacklo_epi64(y[4 * i + 1], y[4 * i + 3]);
+    x[4 * i + 3] = _mm512_unpackhi_epi64(y[4 * i + 1], y[4 * i + 3]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    y[i] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88);
+    y[i + 4] = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    y[i + 8] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    y[i + 12] = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    x[i] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0x88);
+    x[i + 8] = _mm512_shuffle_i32x4(y[i], y[i + 8], 0xdd);
+    x[i + 4] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0x88);
+    x[i + 12] = _mm512_shuffle_i32x4(y[i + 4], y[i + 12], 0xdd);
+  }
+}
+
+// 16 pairs of one line of a matrix whose lines run along the depth.
+DEEPALIGN_INLINE __m512i load_pairs(const BFloat16* from, int64_t depth) {
+  if (depth >= 32) return _mm512_loadu_si512(from);
+  return _mm512_maskz_loadu_epi16(__mmask32((1u << depth) - 1u), from);
+}
+DEEPALIGN_INLINE __m512i load_pairs(const float* from, int64_t depth) {
+  const __m512 low = _mm512_maskz_loadu_ps(lanes(depth), from);
+  const __m512 high = _mm512_maskz_loadu_ps(lanes(depth - 16), from + (depth > 16 ? 16 : 0));
+  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
+}
+
+// 16 lines, or fewer, whose entries run along the depth: 16 pairs of each, transposed into 16 steps of kWidth dwords.
+template <int64_t kWidth, bool kWhole, class T>
+DEEPALIGN_INLINE void pack_square(const T* from, int64_t stride_line, int64_t lines, int64_t depth, uint32_t* to) {
+  __m512i x[16];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) {
+    x[i] = kWhole || i < lines ? load_pairs(from + i * stride_line, kWhole ? 32 : depth) : _mm512_setzero_si512();
+  }
+  transpose(x);
+  const int64_t pairs = (depth + 1) / 2;
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < 16; ++i) {
+    if constexpr (kWhole && kWidth >= 16) {
+      _mm512_storeu_si512(to + i * kWidth, x[i]);
+    } else {
+      if (kWhole || i < pairs) _mm512_mask_storeu_epi32(to + i * kWidth, lanes(kWidth), x[i]);
+    }
+  }
+}
+
+// `lines` lines (rows of the left matrix, columns of the right one) of a block, kWidth dwords per pair; those missing are
+// 0. `stride_line`, `stride_depth`: of the matrix; one of them is 1.
+template <int64_t kWidth, class T>
+DEEPALIGN_INLINE void pack(const T* from, int64_t stride_line, int64_t stride_depth, int64_t lines, int64_t depth,
+                           uint32_t* to) {
+  if (stride_depth != 1) {
+    for (int64_t k = 0; k < depth; k += 2, to += kWidth) {
+      const T *low = from + k * stride_depth, *high = low + stride_depth;
+#pragma GCC unroll 3
+      for (int64_t g = 0; g < kWidth; g += 16) {
+        const __mmask16 mask = lanes(lines - g), second = k + 1 < depth ? mask : __mmask16(0);
+        const __m512i pairs = interleave(load_bf16(mask, low + g), load_bf16(second, high + g));
+        if constexpr (kWidth >= 16) {
+          _mm512_storeu_si512(to + g, pairs);
+        } else {
+          _mm512_mask_storeu_epi32(to + g, lanes(kWidth), pairs);
+        }
+      }
+    }
+    return;
+  }
+  for (int64_t g = 0; g < kWidth; g += 16) {
+    const int64_t here = lines - g;
+    for (int64_t k = 0; k < depth; k += 32) {
+      const T* at = from + g * stride_line + k;
+      if (here >= std::min<int64_t>(16, kWidth) && depth - k >= 32 && kWidth >= 16) {
+        pack_square<kWidth, true>(at, stride_line, 16, 32, to + k / 2 * kWidth + g);
+      } else {
+        const int64_t wanted = std::min<int64_t>(here, kWidth - g);
+        pack_square<kWidth, false>(at, stride_line, wanted, std::min<int64_t>(32, depth - k), to + k / 2 * kWidth + g);
+      }
+    }
+  }
+}
+
+// The lines of memory that the next block of the right matrix will be packed from, a share of them fetched into the
+// second-level cache beside every tile of this one: packing would wait for memory otherwise (15% of the time at 64 rows).
+struct Prefetch {
+  const char* from;
+  int64_t stride, bytes, lines;  // contiguous bytes of every line
+  int64_t next;                  // how many cache lines have been fetched
+
+  DEEPALIGN_INLINE int64_t per_line() const { return (bytes + 63) / 64; }
+  DEEPALIGN_INLINE int64_t left() const { return lines * per_line() - next; }
+  DEEPALIGN_INLINE int64_t addresses(int64_t wanted, const char** to) {
+    const int64_t count = std::min(wanted, left());
+    if (count <= 0) return 0;
+    int64_t line = next / per_line(), at = next % per_line();
+    for (int64_t i = 0; i < count; ++i) {
+      to[i] = from + line * stride + 64 * at;
+      if (++at == per_line()) at = 0, ++line;
+    }
+    next += count;
+    return count;
+  }
+};
+
+struct Sums {
+  __m512 at[kRows][3];
+};
+
+DEEPALIGN_INLINE void step(const uint32_t* left, const uint32_t* right, Sums& sums) {
+  const __m512bh r0 = (__m512bh)_mm512_load_si512(right), r1 = (__m512bh)_mm512_load_si512(right + 16),
+                 r2 = (__m512bh)_mm512_load_si512(right + 32);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    const __m512bh l = (__m512bh)_mm512_set1_epi32(int(left[r]));
+    sums.at[r][0] = _mm512_dpbf16_ps(sums.at[r][0], l, r0);
+    sums.at[r][1] = _mm512_dpbf16_ps(sums.at[r][1], l, r1);
+    sums.at[r][2] = _mm512_dpbf16_ps(sums.at[r][2], l, r2);
+  }
+}
+
+// A tile of out: rows x columns of it exist. `fetch`: `fetches` <= pairs addresses to prefetch on the way.
+DEEPALIGN_INLINE void tile(const uint32_t* left, const uint32_t* right, int64_t pairs, float* out, int64_t stride,
+                           int64_t rows, int64_t columns, bool add, const char* const* fetch, int64_t fetches) {
+  Sums sums;
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) sums.at[r][0] = sums.at[r][1] = sums.at[r][2] = _mm512_setzero_ps();
+  int64_t p = 0;
+  for (; p < fetches; ++p, left += kRows, right += kColumns) {
+    _mm_prefetch(fetch[p], _MM_HINT_T1);
+    step(left, right, sums);
+  }
+  for (; p < pairs; ++p, left += kRows, right += kColumns) step(left, right, sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < kRows; ++r) {
+    if (r >= rows) break;
+#pragma GCC unroll 3
+    for (int g = 0; g < 3; ++g) {
+      float* at = out + r * stride + 16 * g;
+      const __mmask16 mask = lanes(columns - 16 * g);
+      const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums.at[r][g]) : sums.at[r][g];
+      _mm512_mask_storeu_ps(at, mask, sum);
+    }
+  }
+}
+
+// One thread's columns of out.
+template <class T>
+class GemmColumns {
+ public:
+  GemmColumns(const GemmArgs& args, int64_t first, int64_t last)
+      : args_(args), first_(first), last_(last),
+        memory_(size_t((kLeftPanels * kRows + kPanels * kColumns) * kDepth / 2 + 32)) {
+    right_ = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t(63));
+    left_ = right_ + kPanels * kColumns * kDepth / 2;
+  }
+
+  void run() {
+    for (int64_t j = first_; j < last_; j += kPanels * kColumns) {
+      for (int64_t k = 0; k < args_.depth; k += kDepth) block(j, k);
+    }
+  }
+
+ private:
+  int64_t columns_at(int64_t j) const { return std::min(kPanels * kColumns, last_ - j); }
+  int64_t depth_at(int64_t k) const { return std::min(kDepth, args_.depth - k); }
+  const BFloat16* right_at(int64_t k, int64_t j) const {
+    return static_cast<const BFloat16*>(args_.right) + k * args_.right_stride_depth + j * args_.right_stride_column;
+  }
+
+  // What follows the block at (j, k); no lines after the last one.
+  Prefetch after(int64_t j, int64_t k) const {
+    k += kDepth;
+    if (k >= args_.depth) k = 0, j += kPanels * kColumns;
+    if (j >= last_) return {nullptr, 0, 0, 0, 0};
+    const char* from = reinterpret_cast<const char*>(right_at(k, j));
+    const int64_t depth = depth_at(k), columns = columns_at(j);
+    if (args_.right_stride_depth == 1) return {from, 2 * args_.right_stride_column, 2 * depth, columns, 0};
+    return {from, 2 * args_.right_stride_depth, 2 * columns, depth, 0};
+  }
+
+  void block(int64_t j, int64_t k) {
+    const int64_t columns = columns_at(j), depth = depth_at(k), pairs = (depth + 1) / 2;
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      pack<kColumns>(right_at(k, j + c), args_.right_stride_column, args_.right_stride_depth,
+                     std::min(kColumns, columns - c), depth, right_ + c * pairs);
+    }
+    Prefetch prefetch = after(j, k);
+    const int64_t tiles = ((args_.rows + kRows - 1) / kRows) * ((columns + kColumns - 1) / kColumns);
+    const int64_t share = std::min(pairs, (prefetch.left() + tiles - 1) / tiles);
+    for (int64_t i = 0; i < args_.rows; i += kLeftPanels * kRows) rows_of_block(i, j, k, share, prefetch);
+  }
+
+  void rows_of_block(int64_t i, int64_t j, int64_t k, int64_t share, Prefetch& prefetch) {
+    const int64_t rows = std::min(kLeftPanels * kRows, args_.rows - i), columns = columns_at(j);
+    const int64_t depth = depth_at(k), pairs = (depth + 1) / 2;
+    const T* left = static_cast<const T*>(args_.left) + i * args_.left_stride_row + k * args_.left_stride_depth;
+    for (int64_t r = 0; r < rows; r += kRows) {
+      pack<kRows>(left + r * args_.left_stride_row, args_.left_stride_row, args_.left_stride_depth,
+                  std::min(kRows, rows - r), depth, left_ + r * pairs);
+    }
+    const char* addresses[kDepth / 2];
+    for (int64_t c = 0; c < columns; c += kColumns) {
+      for (int64_t r = 0; r < rows; r += kRows) {
+        const int64_t fetches = prefetch.addresses(share, addresses);
+        tile(left_ + r * pairs, right_ + c * pairs, pairs, args_.out + (i + r) * args_.out_stride + j + c, args_.out_stride,
+             rows - r, std::min(kColumns, columns - c), args_.accumulate || k > 0, addresses, fetches);
+      }
+    }
+  }
+
+  const GemmArgs& args_;
+  const int64_t first_, last_;
+  std::vector<uint32_t> memory_;
+  uint32_t *right_, *left_;
+};
+
+inline void gemm_bf16(const GemmArgs& args, const Parallel& parallel) {
+  const int64_t panels = (args.columns + kColumns - 1) / kColumns;
+  parallel(panels, [&](int64_t first, int64_t last) {
+    const int64_t end = std::min(last * kColumns, args.columns);
+    if (args.left_is_float) {
+      GemmColumns<float>(args, first * kColumns, end).run();
+    } else {
+      GemmColumns<BFloat16>(args, first * kColumns, end).run();
+    }
+  });
+}
+
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign

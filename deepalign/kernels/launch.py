@@ -1,0 +1,74 @@
+"""How the Triton kernels are launched: sizes per architecture. Nothing here is read before a kernel's first call.
+
+`LAUNCH[operation][architecture]`; an architecture is a compute capability, "gfx942", ..., or "default". What
+`python -m deepalign.kernels.tune` found on this machine comes first.
+"""
+
+import json
+import os
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+WHY_NO_TRITON = None if find_spec("triton") else "triton is not installed (pip install triton)"
+
+
+class Launch(NamedTuple):
+    """Sizes of a launch."""
+
+    block: int  # entries of a tile of 16-bit logits; half of it of 32-bit ones
+    warps: int
+    share: int  # entries of a row that one program reads, about
+    programs: int  # where fewer rows than this are there, they are split further
+
+
+LAUNCH: dict[str, dict[str, Launch]] = {
+    "completion_loss": {
+        "default": Launch(block=2048, warps=8, share=32768, programs=216),
+        "80": Launch(block=2048, warps=8, share=32768, programs=216),
+        "90": Launch(block=2048, warps=8, share=32768, programs=264),
+        "100": Launch(block=2048, warps=8, share=32768, programs=296),
+        "gfx942": Launch(block=2048, warps=4, share=32768, programs=608),
+    },
+}
+
+
+def launch_of(operation: str, device: torch.device) -> Launch:
+    """The sizes for an operation on a device."""
+    table = LAUNCH[operation]
+    architecture = _architecture(device.index if device.index is not None else -1) if device.type == "cuda" else "default"
+    return _tuned().get(f"{operation}/{architecture}") or table.get(architecture, table["default"])
+
+
+@cache
+def _architecture(index: int) -> str:
+    device = torch.cuda.current_device() if index < 0 else index
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{major}{minor}"
+
+
+def tuned_file() -> Path:
+    """Where tuned sizes are kept: $DEEPALIGN_CACHE, or ~/.cache/deepalign."""
+    folder = os.environ.get("DEEPALIGN_CACHE") or Path.home() / ".cache" / "deepalign"
+    return Path(folder) / "launch.json"
+
+
+@cache
+def _tuned() -> dict[str, Launch]:
+    try:
+        return {name: Launch(**sizes) for name, sizes in json.loads(tuned_file().read_text()).items()}
+    except FileNotFoundError:
+        return {}
+
+
+def split_of_rows(launch: Launch, rows: int, vocab: int, block: int) -> int:
+    """Into how many programs to split a row, a power of 2: so that a share fits, and a small batch fills the device."""
+    split = 1
+    while vocab > split * launch.share or (rows * split < launch.programs and vocab > 2 * split * block):
+        split *= 2
+    return min(split, 32)

@@ -1,0 +1,115 @@
+"""Triton device functions that find the largest differences of a program's share of a row, exactly.
+
+Group maxima are there after the first read. A bound that enough of them reach leaves few groups to look into again, and
+those hold every entry that may be among the k largest. Where heavy ties leave too many, or nothing bounds, the k-th
+largest of the share is found by bisection over ordered keys, and its ties are taken in the order of their index.
+"""
+
+import triton
+import triton.language as tl
+
+from deepalign.kernels.row_math import INFINITY, LOWEST_KEY, midpoint, ordered_key
+
+
+@triton.jit
+def difference_at(r_ptr, b_ptr, offsets, exists, PAIR: tl.constexpr):
+    """d = b - r in fp32, or r alone; NaN where nothing exists."""
+    r = tl.load(r_ptr + offsets, mask=exists, other=float("nan")).to(tl.float32)
+    if PAIR:
+        return tl.load(b_ptr + offsets, mask=exists, other=float("nan")).to(tl.float32) - r
+    else:
+        return r
+
+
+@triton.jit
+def collect(
+    r_ptr, b_ptr, s_ptr, index_ptr, value_ptr, maxima, bound, k, part, tiles, vocab, shift,
+    PAIR: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
+    CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """Write index and s of every entry of this share that may be among the row's k largest d; return how many.
+
+    Args:
+        r_ptr, b_ptr, s_ptr: where tile 0 begins.
+        index_ptr, value_ptr: room for CAPACITY entries, of which the first LANES also serve as scratch.
+        maxima: per lane.
+        bound: none of the k largest is below it.
+        tiles: of the whole row; TILES, a power of 2, of this program at least.
+        CAPACITY: at least min(k, share) and LANES.
+    """
+    P: tl.constexpr = BLOCK // 2
+    active = (maxima >= bound) & (maxima > -INFINITY)
+    n_active = tl.sum(active.to(tl.int32))
+    count = tl.full((), CAPACITY + 1, tl.int32)
+    if n_active <= LANES:
+        place = tl.cumsum(active.to(tl.int32), 0) - 1
+        tl.store(index_ptr + place, tl.arange(0, P), mask=active)
+        tl.debug_barrier()
+        slot = tl.arange(0, LANES)
+        lane = tl.load(index_ptr + slot, mask=slot < n_active, other=0)
+        turn = tl.arange(0, 2 * TILES)
+        tile = (turn // 2) * S + part
+        offsets = tl.reshape(tile[None, :] * BLOCK + 2 * lane[:, None] + (turn % 2)[None, :], [LANES * 2 * TILES])
+        live = tl.reshape((slot < n_active)[:, None] & (tile < tiles)[None, :], [LANES * 2 * TILES])
+        exists = live & (offsets >= shift) & (offsets < shift + vocab)
+        hit = difference_at(r_ptr, b_ptr, offsets, exists, PAIR) >= bound
+        count = tl.sum(hit.to(tl.int32))
+        if count <= CAPACITY:
+            place = tl.cumsum(hit.to(tl.int32), 0) - 1
+            s = tl.load(s_ptr + offsets, mask=hit, other=0.0).to(tl.float32)
+            tl.debug_barrier()  # everybody has the lanes
+            tl.store(index_ptr + place, offsets - shift, mask=hit)
+            tl.store(value_ptr + place, s, mask=hit)
+    if count > CAPACITY:
+        tl.debug_barrier()
+        low, high = ordered_key(bound), ordered_key(tl.max(maxima))
+        count = _collect_exactly(
+            r_ptr, b_ptr, s_ptr, index_ptr, value_ptr, low, high, k, part, tiles, vocab, shift, PAIR, S, BLOCK
+        )
+    return count
+
+
+@triton.jit
+def _keys(r_ptr, b_ptr, tile, vocab, shift, PAIR: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tile * BLOCK + tl.arange(0, BLOCK)
+    d = difference_at(r_ptr, b_ptr, offsets, (offsets >= shift) & (offsets < shift + vocab), PAIR)
+    return offsets, tl.where(d > -INFINITY, ordered_key(d), LOWEST_KEY)
+
+
+@triton.jit
+def _count_from(
+    r_ptr, b_ptr, key, part, tiles, vocab, shift, PAIR: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+):
+    count = tl.zeros([BLOCK], tl.int32)
+    for tile in range(part, tiles, S):
+        _, keys = _keys(r_ptr, b_ptr, tile, vocab, shift, PAIR, BLOCK)
+        count += (keys >= key).to(tl.int32)
+    return tl.sum(count)
+
+
+@triton.jit
+def _collect_exactly(
+    r_ptr, b_ptr, s_ptr, index_ptr, value_ptr, low, high, k, part, tiles, vocab, shift,
+    PAIR: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The k largest of the share (all, if there are fewer), in the order of their index."""
+    low = tl.maximum(low, LOWEST_KEY + 1)
+    k = tl.minimum(k, _count_from(r_ptr, b_ptr, low, part, tiles, vocab, shift, PAIR, S, BLOCK))
+    while low < high:
+        middle = midpoint(low, high)
+        if _count_from(r_ptr, b_ptr, middle, part, tiles, vocab, shift, PAIR, S, BLOCK) >= k:
+            low = middle
+        else:
+            high = middle - 1
+    ties = k - _count_from(r_ptr, b_ptr, low + 1, part, tiles, vocab, shift, PAIR, S, BLOCK)
+    count = tl.full((), 0, tl.int32)
+    for tile in range(part, tiles, S):
+        offsets, keys = _keys(r_ptr, b_ptr, tile, vocab, shift, PAIR, BLOCK)
+        tied = (keys == low).to(tl.int32)
+        hit = (keys > low) | ((tied > 0) & (tl.cumsum(tied, 0) <= ties))
+        place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+        tl.store(index_ptr + place, offsets - shift, mask=hit)
+        tl.store(value_ptr + place, tl.load(s_ptr + offsets, mask=hit, other=0.0).to(tl.float32), mask=hit)
+        count += tl.sum(hit.to(tl.int32))
+        ties -= tl.minimum(ties, tl.sum(tied))
+    return count

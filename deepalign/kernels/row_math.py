@@ -143,3 +143,17 @@ def lower_bound(maxima, k, ROUNDS: tl.constexpr):
         high = tl.where(enough, high, middle)
     # middle may round below low when these are neighbours: still reached by k
     return tl.where(found >= k, low, -INFINITY)
+
+
+@triton.jit
+def count_above(d, threshold, count, MASKED: tl.constexpr):
+    """count + 1 where d > threshold.
+
+    Without a mask d is finite and the sign of the difference tells, two instructions instead of three; a sign would
+    miscount NaN, which is what a masked tile has where no entry is.
+    """
+    if MASKED:
+        return count + (d > threshold).to(tl.int32)
+    else:
+        sign = (threshold - d).to(tl.uint32, bitcast=True) >> 31
+        return count + sign.to(tl.int32)

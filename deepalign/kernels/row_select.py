@@ -42,8 +42,8 @@ def collect(
     n_active = tl.sum(active.to(tl.int32))
     count = tl.full((), CAPACITY + 1, tl.int32)
     if n_active <= LANES:
-        place = tl.cumsum(active.to(tl.int32), 0) - 1
-        tl.store(index_ptr + place, tl.arange(0, P), mask=active)
+        seat = tl.cumsum(active.to(tl.int32), 0) - 1
+        tl.store(index_ptr + seat, tl.arange(0, P), mask=active)
         tl.debug_barrier()
         slot = tl.arange(0, LANES)
         lane = tl.load(index_ptr + slot, mask=slot < n_active, other=0)
@@ -56,10 +56,10 @@ def collect(
         count = tl.sum(hit.to(tl.int32))
         if count <= CAPACITY:
             place = tl.cumsum(hit.to(tl.int32), 0) - 1
-            s = tl.load(s_ptr + offsets, mask=hit, other=0.0).to(tl.float32)
+            value = tl.load(s_ptr + offsets, mask=hit, other=0.0).to(tl.float32)
             tl.debug_barrier()  # everybody has the lanes
             tl.store(index_ptr + place, offsets - shift, mask=hit)
-            tl.store(value_ptr + place, s, mask=hit)
+            tl.store(value_ptr + place, value, mask=hit)
     if count > CAPACITY:
         tl.debug_barrier()
         low, high = ordered_key(bound), ordered_key(tl.max(maxima))

@@ -33,6 +33,7 @@ from deepalign.kernels.completion_loss.triton_math import (
 )
 from deepalign.kernels.row_math import (
     INFINITY,
+    count_above,
     finite,
     load_tile,
     lower_bound,
@@ -205,9 +206,11 @@ def _emit_tile(
     if GRADIENT or FROM_STUDENT:
         s_low, s_high = load_tile(s_ptr, tile, shift, vocab, BLOCK, MASKED, ALIGN)
     if FROM_STUDENT:
-        count += (b_low - s_low > threshold).to(tl.int32) + (b_high - s_high > threshold).to(tl.int32)
+        count = count_above(b_low - s_low, threshold, count, MASKED)
+        count = count_above(b_high - s_high, threshold, count, MASKED)
     else:
-        count += (b_low - a_low > threshold).to(tl.int32) + (b_high - a_high > threshold).to(tl.int32)
+        count = count_above(b_low - a_low, threshold, count, MASKED)
+        count = count_above(b_high - a_high, threshold, count, MASKED)
     if GRADIENT:
         low = fast_gradient(s_low, a_low, b_low, weights, mix, scale, TEACHER_STUDENT)
         high = fast_gradient(s_high, a_high, b_high, weights, mix, scale, TEACHER_STUDENT)
@@ -316,7 +319,7 @@ def rows_kernel(
     if FIRST and SECOND:
         # Programs wait for others of their row, so their numbers must be those in which they start: a number is drawn,
         # not the grid's. Whoever waits then waits for programs that run already.
-        ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed")
+        ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed").to(tl.int32)
     else:
         ticket = tl.program_id(0)
     row, part = (ticket // S).to(tl.int64), ticket % S

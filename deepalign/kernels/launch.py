@@ -7,13 +7,10 @@
 import json
 import os
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-
-WHY_NO_TRITON = None if find_spec("triton") else "triton is not installed (pip install triton)"
 
 
 class Launch(NamedTuple):

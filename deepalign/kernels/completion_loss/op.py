@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from deepalign.kernels.checks import can_read_values
 from deepalign.kernels.completion_loss.config import CompletionLossInputs
-from deepalign.kernels.library import LIBRARY
+from deepalign.kernels.library import LIBRARY, implement_on_gpu
 
 _INPUTS = (
     "Tensor aligned, Tensor base, Tensor kl_weight, Tensor completion_weight, Tensor? top_k_indices, int top_k, "
@@ -24,6 +24,7 @@ _STATISTICS = "Tensor loss, Tensor kl, Tensor completion, Tensor alpha, Tensor c
 
 LIBRARY.define(f"completion_loss(Tensor student, {_INPUTS}, bool with_gradient) -> ({_STATISTICS}, Tensor gradient)")
 LIBRARY.define(f"completion_loss_(Tensor student, {_INPUTS}, Tensor(a!)? gradient) -> ({_STATISTICS})")
+implement_on_gpu("completion_loss", "completion_loss", "completion_loss_")
 
 
 def op_arguments(inputs: CompletionLossInputs) -> tuple[Any, ...]:

@@ -117,7 +117,7 @@ def run_rows(
     tensors = [student, aligned, base] + ([] if gradient is None else [gradient])
     plan = _plan(launch_of("completion_loss", device), tensors, options.vocab_size, k, given is not None, together, options)
     programs = rows * plan.split
-    words = torch.zeros(programs * WORDS.value + 1, dtype=torch.int64, device=device)
+    words = _new_words(programs, device)
     index, value = new(programs, plan.capacity, dtype=torch.int32), new(programs, plan.capacity)
     found, counts = new(programs, dtype=torch.int32), new(programs, dtype=torch.int32)
     scale = 1.4426950408889634 / options.temperature
@@ -160,6 +160,11 @@ def run_rows(
             read(False, True, emits)
         select(True, emits)
     return output
+
+
+def _new_words(programs: int, device: torch.device) -> Tensor:
+    """Room for what programs publish, nothing published yet, and the number of the next program to start."""
+    return torch.zeros(programs * WORDS.value + 1, dtype=torch.int64, device=device)
 
 
 def _plan(

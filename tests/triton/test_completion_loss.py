@@ -1,6 +1,5 @@
 """Every option of the loss's Triton kernels against float64, in the interpreter: few rows, large tiles."""
 
-import itertools
 import math
 
 import pytest
@@ -98,17 +97,17 @@ def test_a_bad_entry_anywhere_spoils_its_row_alone(model: int, value: float) -> 
     options = {"config": config(), "reduction": "none", **RUN}
     models = three_models(3, 1100, dtype=torch.bfloat16)
     with small(2, vocab=1100):
-        clean, clean_gradient = loss_and_gradient(*models, vocab_size=1099, **options)
-        for position, inplace in ((0, False), (600, True), (1098, True)):
+        clean, clean_gradient = loss_and_gradient(*models, vocab_size=1090, **options)
+        for position, inplace in ((0, False), (1089, True)):
             spoiled = [tensor.clone() for tensor in models]
             spoiled[model][1, position] = value
-            output, gradient = loss_and_gradient(*spoiled, vocab_size=1099, inplace=inplace, **options)
+            output, gradient = loss_and_gradient(*spoiled, vocab_size=1090, inplace=inplace, **options)
             for statistic in output[:4]:
                 assert bool(statistic[1].isnan())
             assert int(output.base_favored_count[1]) == 0
             assert bool((output.top_k_indices[1] == -1).all())
-            assert bool(gradient[1, :1099].isnan().all())
-            assert not bool(gradient[1, 1099:].any())
+            assert bool(gradient[1, :1090].isnan().all())
+            assert not bool(gradient[1, 1090:].any())
             for left, right in zip((*output, gradient), (*clean, clean_gradient), strict=True):
                 assert torch.equal(left[::2], right[::2])
 
@@ -129,25 +128,25 @@ def test_minus_infinity_in_two_models_is_bad(models: tuple[int, int], teacher_mi
 ABSENT = {
     "the first entry": slice(0, 1),
     "a whole share": slice(512, 1024),
-    "all but three": slice(3, 1099),
-    "every second": slice(0, 1099, 2),
-    "all": slice(0, 1099),
+    "all but three": slice(3, 1090),
+    "every second": slice(0, 1090, 2),
+    "all": slice(0, 1090),
 }
 
 
 @pytest.mark.parametrize("kind", pairwise({**KINDS, "inplace": (True, False)}), ids=str)
 @pytest.mark.parametrize("absent", ABSENT.values(), ids=ABSENT)
 def test_absent_entries(absent: slice, kind: dict[str, object]) -> None:
-    models = three_models(2, 1099, dtype=torch.bfloat16)
+    models = three_models(2, 1090, dtype=torch.bfloat16)
     for model in models:
         model[0, absent] = -INF
     kind = dict(kind)
     inplace = kind.pop("inplace")
-    with small(4, vocab=1099):
+    with small(4, vocab=1090):
         _, gradient = check_against_oracle(
             *models, config=config(**kind), reduction="none", inplace=inplace, gradient_rounding=3e-7, **RUN
         )
-    if absent != slice(0, 1099):
+    if absent != slice(0, 1090):
         assert not bool(gradient[0, absent].any())
 
 
@@ -160,9 +159,9 @@ def test_given_entries_that_are_absent_do_not_count() -> None:
 
 
 def test_a_first_entry_far_below_the_others_or_above_them_starts_again_carefully() -> None:
-    student, aligned, base = three_models(4, 1500)
+    student, aligned, base = three_models(4, 900)
     student[0, 0], aligned[1, 0], base[2, 0], student[3, 0] = -200.0, -150.0, -180.0, 120.0
-    with small(2, vocab=1500):
+    with small(2, vocab=900):
         for kind in pairwise(KINDS):
             check_against_wide_rows(
                 student, aligned, base, config(**kind), tolerance=2e-5, gradient_rounding=1e-5, **RUN
@@ -181,7 +180,7 @@ def test_extreme_logits(scale: float) -> None:
 def test_ties_in_every_number() -> None:
     """Few distinct differences, so that the k-th is tied within and across tiles and programs."""
     generator = torch.Generator().manual_seed(1)
-    for vocab, values, top_k in itertools.product((50, 2051), (1, 2, 9), (1, 40)):
+    for vocab, values, top_k in ((50, 1, 40), (50, 9, 7), (2051, 1, 1), (2051, 1, 40), (2051, 2, 40), (2051, 9, 40)):
         aligned = torch.randint(-2, 3, (2, vocab), generator=generator).bfloat16()
         base = aligned + torch.randint(values, (2, vocab), generator=generator).bfloat16()
         with small(4):
@@ -208,7 +207,7 @@ def test_orders_that_defeat_bounds(name: str, top_k: int) -> None:
         )
 
 
-@pytest.mark.parametrize("vocab", [1, 7, 33, 1500])
+@pytest.mark.parametrize("vocab", [1, 7, 33, 1100])
 def test_selections_of_every_size(vocab: int) -> None:
     models = three_models(1, vocab, peaked=False)
     for top_k in {1, min(2, vocab), max(1, vocab // 2), max(1, vocab - 1), vocab}:
@@ -287,8 +286,8 @@ def test_in_place_writes_the_logits_and_nothing_beside_them(place: tuple[int, in
 
 
 def test_forward_only_says_the_same() -> None:
-    models = three_models(2, 3000, dtype=torch.bfloat16)
-    with small(4, vocab=3000):
+    models = three_models(1, 1500, dtype=torch.bfloat16)
+    with small(2, vocab=1500):
         for kind in pairwise(KINDS):
             with_gradient, _ = loss_and_gradient(*models, config=config(**kind), **RUN)
             alone = fused_completion_loss(*models, config=config(**kind), **RUN)
@@ -317,17 +316,17 @@ def test_one_launch_gives_the_same_as_two(given: bool, monkeypatch: pytest.Monke
         expected = torch.empty_like(models[0])
         statistics = loss_triton.completion_loss_(*arguments, expected, together=False)
         monkeypatch.setattr(loss_triton, "_new_words", again)
-        inplace = models[0].clone()
-        together = loss_triton.completion_loss_(inplace, *arguments[1:], inplace)
+        gradient = torch.empty_like(models[0])
+        together = loss_triton.completion_loss_(*arguments, gradient)
     assert int(published[0][-1]) == 12  # programs that drew a number
-    assert torch.equal(inplace, expected)
+    assert torch.equal(gradient, expected)
     for left, right in zip(together, statistics, strict=True):
-        assert torch.equal(left, right)
+        torch.testing.assert_close(left, right)  # the penalty's terms are added in another order
 
 
 def test_results_do_not_depend_on_what_else_is_in_the_batch() -> None:
-    models = three_models(3, 1500, dtype=torch.bfloat16)
-    with small(2, vocab=1500):
+    models = three_models(3, 1504, dtype=torch.bfloat16)
+    with small(2, vocab=1504):
         output, gradient = loss_and_gradient(*models, config=config(), reduction="none", **RUN)
         alone, alone_gradient = loss_and_gradient(
             *(model[1:2] for model in models), config=config(), reduction="none", **RUN

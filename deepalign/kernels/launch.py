@@ -30,6 +30,8 @@ LAUNCH: dict[str, dict[str, Launch]] = {
         "100": Launch(block=2048, warps=8, share=32768, programs=296),
         "gfx942": Launch(block=2048, warps=4, share=32768, programs=608),
     },
+    "position_divergence": {"default": Launch(block=2048, warps=8, share=0, programs=0)},
+    "contrastive_sample": {"default": Launch(block=4096, warps=8, share=0, programs=0)},
 }
 
 

@@ -113,3 +113,28 @@ def _collect_exactly(
         count += tl.sum(hit.to(tl.int32))
         ties -= tl.minimum(ties, tl.sum(tied))
     return count
+
+
+RANKED = tl.constexpr(32)
+
+
+@triton.jit
+def write_largest(r_ptr, index_ptr, count, k, out_ptr):
+    """Of `count` listed entries of a row, write the index of the k with the largest r, descending, -1 after the last."""
+    at = tl.arange(0, RANKED)
+    for first in range(0, k, RANKED):
+        tl.store(out_ptr + first + at, tl.full([RANKED], -1, tl.int64), mask=first + at < k)
+    tl.debug_barrier()
+    for first in range(0, count, RANKED):
+        index = tl.load(index_ptr + first + at, mask=first + at < count, other=0)
+        key = ordered_key(tl.load(r_ptr + index, mask=first + at < count, other=0.0).to(tl.float32))
+        rank = tl.zeros([RANKED], tl.int32)
+        for other in range(0, count, RANKED):
+            listed = other + at < count
+            index_2 = tl.load(index_ptr + other + at, mask=listed, other=0)
+            key_2 = ordered_key(tl.load(r_ptr + index_2, mask=listed, other=0.0).to(tl.float32))
+            key_2 = tl.where(listed, key_2, LOWEST_KEY)
+            same = key_2[None, :] == key[:, None]
+            before = (key_2[None, :] > key[:, None]) | (same & (index_2[None, :] < index[:, None]))
+            rank += tl.sum(before.to(tl.int32), 1)
+        tl.store(out_ptr + rank, index.to(tl.int64), mask=(first + at < count) & (rank < k))

@@ -13,6 +13,9 @@ from deepalign.kernels.completion_loss import triton as loss_triton
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.completion_loss.op import op_arguments
 from deepalign.kernels.library import dense_rows
+from deepalign.kernels.position_divergence import api as pair_api
+from deepalign.kernels.position_divergence import triton as pair_triton
+from deepalign.kernels.position_divergence.reference import BaseFavoredTokens, PositionDivergence
 
 
 def _arguments(inputs: CompletionLossInputs) -> tuple[Any, ...]:
@@ -80,3 +83,18 @@ def sizes(operation: str, **changes: int) -> Iterator[None]:
         yield
     finally:
         table["default"] = before
+
+
+def _divergence_rows(aligned: Tensor, base: Tensor, top_n: int, vocab_size: int) -> PositionDivergence:
+    output = pair_triton.position_divergence(dense_rows(aligned.detach()), dense_rows(base.detach()), top_n, vocab_size)
+    return PositionDivergence(*(value.view(aligned.shape[:-1]) for value in output))
+
+
+def _favored_rows(aligned: Tensor, base: Tensor, top_k: int, vocab_size: int) -> BaseFavoredTokens:
+    pair = dense_rows(aligned.detach()), dense_rows(base.detach())
+    indices, differences, count = pair_triton.favored(*pair, top_k, vocab_size, together=False)
+    rows = aligned.shape[:-1]
+    return BaseFavoredTokens(indices.view(*rows, top_k), differences.view(*rows, top_k), count.view(rows))
+
+
+pair_api.IMPLEMENTATIONS["interpreted"] = pair_api.Implementation(_divergence_rows, _favored_rows)

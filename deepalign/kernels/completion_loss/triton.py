@@ -22,6 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
+from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.completion_loss.triton_rows import rows_kernel
 from deepalign.kernels.completion_loss.triton_select import select_kernel
@@ -100,12 +101,20 @@ def run_rows(
     together: bool,
 ) -> tuple[Tensor, ...]:
     """Loss, kl, completion, alpha, count, indices and, for options.distill=False, the differences of the selected."""
+    logits = {"student": student, "aligned": aligned, "base": base}
+    check_rows(options.vocab_size, **logits, **({} if gradient is None else {"gradient": gradient}))
+    check_per_row("kl_weight", kl_weight, student, torch.float32)
+    check_per_row("completion_weight", completion_weight, student, torch.float32)
     rows, width = student.shape
+    if given is not None:
+        check_per_row("top_k_indices", given, student, torch.int64, given.shape[-1])
+    elif not 1 <= options.top_k <= options.vocab_size:
+        raise RuntimeError(f"deepalign: top_k must be in [1, vocab_size], is {options.top_k}")
     k = options.top_k if given is None else given.shape[1]
-    if given is None and k > MOST_SELECTED:
-        given = _select_before(student, aligned, base, options)
     listed, distinct = given, k > MOST_SELECTED
-    if given is not None and distinct:
+    if distinct and given is None:
+        given = listed = _select_before(student, aligned, base, options)
+    elif distinct:
         listed = _without_repetition(given)
     device = student.device
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
@@ -160,6 +169,28 @@ def run_rows(
             read(False, True, emits)
         select(True, emits)
     return output
+
+
+def check_rows(vocab_size: int, **logits: Tensor) -> None:
+    """Keep a direct call of an op from reading out of bounds; users meet the checks in `api.py` before."""
+    first = next(iter(logits.values()))
+    for name, tensor in logits.items():
+        if tensor.dim() != 2 or tensor.shape != first.shape or tensor.device != first.device:
+            raise RuntimeError(f"deepalign: {name} must be (rows, vocabulary), of the others' shape and device")
+        if tensor.dtype not in COMPILED_DTYPES or tensor.dtype != first.dtype:
+            raise RuntimeError(f"deepalign: {name} must be float32, bfloat16 or float16 like the others, is {tensor.dtype}")
+        if tensor.shape[1] > 1 and tensor.stride(1) != 1:
+            raise RuntimeError(f"deepalign: {name} must have stride 1 in the vocabulary")
+    if not 1 <= vocab_size <= first.shape[1]:
+        raise RuntimeError(f"deepalign: vocab_size must be in [1, {first.shape[1]}], is {vocab_size}")
+
+
+def check_per_row(name: str, values: Tensor, logits: Tensor, dtype: torch.dtype, columns: int = 1) -> None:
+    """The same of what an op takes per row."""
+    if values.device != logits.device or values.dtype != dtype or not values.is_contiguous():
+        raise RuntimeError(f"deepalign: {name} must be a contiguous {dtype} tensor on the logits' device")
+    if values.numel() != logits.shape[0] * columns:
+        raise RuntimeError(f"deepalign: {name} must have {columns} entries per row")
 
 
 def _new_words(programs: int, device: torch.device) -> Tensor:

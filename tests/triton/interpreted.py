@@ -12,6 +12,10 @@ from deepalign.kernels.completion_loss import api as loss_api
 from deepalign.kernels.completion_loss import triton as loss_triton
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.completion_loss.op import op_arguments
+from deepalign.kernels.contrastive_sample import api as sample_api
+from deepalign.kernels.contrastive_sample import triton as sample_triton
+from deepalign.kernels.contrastive_sample.op import op_arguments as sample_arguments
+from deepalign.kernels.contrastive_sample.reference import ContrastiveSample, SampleOptions
 from deepalign.kernels.library import dense_rows
 from deepalign.kernels.position_divergence import api as pair_api
 from deepalign.kernels.position_divergence import triton as pair_triton
@@ -98,3 +102,13 @@ def _favored_rows(aligned: Tensor, base: Tensor, top_k: int, vocab_size: int) ->
 
 
 pair_api.IMPLEMENTATIONS["interpreted"] = pair_api.Implementation(_divergence_rows, _favored_rows)
+
+
+def _sample_rows(aligned: Tensor, base: Tensor, uniforms: Tensor, options: SampleOptions) -> ContrastiveSample:
+    sampled = sample_triton.contrastive_sample(
+        dense_rows(aligned), dense_rows(base), uniforms.reshape(-1).contiguous(), *sample_arguments(options)
+    )
+    return ContrastiveSample(*(values.view(aligned.shape[:-1]) for values in sampled))
+
+
+sample_api.IMPLEMENTATIONS["interpreted"] = _sample_rows

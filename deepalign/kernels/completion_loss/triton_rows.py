@@ -42,7 +42,7 @@ from deepalign.kernels.row_math import (
     store_tile,
     tile_mask,
 )
-from deepalign.kernels.row_select import collect
+from deepalign.kernels.row_select import DIFFERENCE, collect
 
 BOUND_ROUNDS = tl.constexpr(8)
 
@@ -349,7 +349,7 @@ def rows_kernel(
                     bound = tl.min(read_words(words_ptr, BOUND, S))
                 found = collect(
                     r_row, b_row, s_row, index_ptr, value_ptr, largest, bound, K, part, tiles, vocab, shift,
-                    True, S, BLOCK, TILES, LANES, CAPACITY,
+                    0.0, 0.0, DIFFERENCE, S, BLOCK, TILES, LANES, CAPACITY,
                 )  # fmt: skip
                 tl.store(found_ptr + ticket, found)
         if SECOND:

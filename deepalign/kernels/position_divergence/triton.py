@@ -17,7 +17,7 @@ from deepalign.kernels.completion_loss.triton import MOST_SELECTED, TILE_LIMIT, 
 from deepalign.kernels.eager_math import top_k_lowest_index
 from deepalign.kernels.launch import launch_of
 from deepalign.kernels.row_math import INFINITY, LN2, LOG2E, finite, lower_bound
-from deepalign.kernels.row_select import collect, write_largest
+from deepalign.kernels.row_select import ENTRY, collect, write_largest
 
 BOUND_ROUNDS = tl.constexpr(8)
 CHUNK = tl.constexpr(32)
@@ -181,14 +181,14 @@ def divergence_kernel(
             pairs_a, pairs_b = tl.max(tl.reshape(lanes_a, [P, 2]), 1), tl.max(tl.reshape(lanes_b, [P, 2]), 1)
             found = collect(
                 a_ptr, b_ptr, a_ptr, index_ptr, value_ptr, pairs_a, lower_bound(pairs_a, n, BOUND_ROUNDS), n, 0, tiles,
-                vocab, 0, False, 1, BLOCK, TILES, LANES, CAPACITY,
+                vocab, 0, 0.0, 0.0, ENTRY, 1, BLOCK, TILES, LANES, CAPACITY,
             )  # fmt: skip
             tl.debug_barrier()
             write_largest(a_ptr, index_ptr, found, n, a_top_ptr)
             tl.debug_barrier()
             found = collect(
                 b_ptr, a_ptr, b_ptr, index_ptr, value_ptr, pairs_b, lower_bound(pairs_b, n, BOUND_ROUNDS), n, 0, tiles,
-                vocab, 0, False, 1, BLOCK, TILES, LANES, CAPACITY,
+                vocab, 0, 0.0, 0.0, ENTRY, 1, BLOCK, TILES, LANES, CAPACITY,
             )  # fmt: skip
             tl.debug_barrier()
             write_largest(b_ptr, index_ptr, found, n, b_top_ptr)

@@ -1,0 +1,114 @@
+"""The sampler's Triton kernel in the interpreter: held to the oracle like any other implementation."""
+
+import math
+
+import pytest
+import torch
+
+from deepalign.kernels.checks import COMPILED_DTYPES
+from deepalign.kernels.contrastive_sample import contrastive_sample
+from tests.kernels import test_contrastive_sample as rows
+from tests.kernels import test_contrastive_sample_filters as filters
+from tests.kernels.sampler_oracle import BELOW_ONE, check_sample, random_uniforms, two_models
+from tests.kernels.samples import pairwise
+from tests.triton import interpreted  # noqa: F401  (puts "interpreted" into the table)
+from tests.triton.interpreted import sizes
+
+RUN = {"implementation": "interpreted"}
+SHARED = (
+    rows.test_carries_no_gradient,
+    rows.test_extremes,
+    rows.test_uniforms_that_nobody_checked_still_draw_what_was_kept,
+    filters.test_top_p_stops_where_the_mass_is_reached_exactly,
+    filters.test_each_filter_sees_what_the_one_before_kept,
+    filters.test_temperature_zero,
+)
+CASES = pairwise(
+    {
+        "dtype": COMPILED_DTYPES,
+        "alpha": (0.0, 0.8, 2.5),
+        "temperature": (0.0, 0.3, 2.0),
+        "top_k": (0, 1, 5, 50, 10**9),
+        "top_p": (1.0, 0.9, 1e-12),
+        "min_p": (0.0, 0.02, 1.0),
+        "space": ("logits", "logprobs"),
+        "vocab_size": (None, 1, 37),
+    }
+)
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles():
+    with sizes("contrastive_sample", block=32):  # 61 entries in two tiles, or four
+        yield
+
+
+@pytest.mark.parametrize("test", SHARED, ids=lambda test: test.__name__)
+def test_as_any_implementation(test: object) -> None:
+    test("interpreted")
+
+
+@pytest.mark.parametrize("space", ["logits", "logprobs"])
+def test_an_alpha_beyond_float32_bans_what_it_lowers(space: str) -> None:
+    rows.test_an_alpha_beyond_float32_bans_what_it_lowers("interpreted", space)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
+@pytest.mark.parametrize("where", [0, 1])
+def test_exceptional_rows_and_padding(where: int, value: float) -> None:
+    rows.test_exceptional_rows_and_padding("interpreted", torch.bfloat16, where, value)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
+def test_filters_together(case: dict[str, object]) -> None:
+    options = dict(case)
+    dtype = options.pop("dtype")
+    check_sample(*two_models(2, 61, dtype=dtype), random_uniforms(2), **options, **RUN)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
+def test_many_tiles(chosen: dict[str, float]) -> None:
+    with sizes("contrastive_sample", block=1024):
+        for dtype in (torch.bfloat16, torch.float32):
+            models = two_models(2, 3001, dtype=dtype)
+            check_sample(*models, random_uniforms(2), alpha=0.5, **chosen, **RUN)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 3, 5), (1, 1)], ids=str)
+def test_shapes(shape: tuple[int, ...]) -> None:
+    rows.test_shapes("interpreted", shape)
+
+
+@pytest.mark.parametrize("top_p", [0.25, 1.0])
+@pytest.mark.parametrize("top_k", [0, 30, 1100])
+def test_ties_are_kept_in_index_order(top_k: int, top_p: float) -> None:
+    logits = torch.full((2600,), -1000.0)
+    tied = torch.arange(5, 2600, 2)
+    logits[tied] = 3.0
+    uniforms = torch.tensor([0.0, BELOW_ONE], dtype=torch.float64)
+    both = logits.expand(2, -1).contiguous()
+    with sizes("contrastive_sample", block=2048):
+        result = contrastive_sample(both, both, alpha=1.0, uniforms=uniforms, top_k=top_k, top_p=top_p, **RUN)
+    kept = math.ceil(top_p * min(top_k or len(tied), len(tied)))
+    assert result.token_ids.tolist() == tied[[0, kept - 1]].tolist()
+    assert result.logprobs.tolist() == pytest.approx([-math.log(kept)] * 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("shift", [8.0, 1000.0])
+def test_a_shift_of_the_base_model_changes_nothing(shift: float) -> None:
+    aligned, _ = (model.mul(4).round() for model in two_models(2, 61))
+    options = {"uniforms": random_uniforms(2), "top_k": 20, "top_p": 0.9, "space": "logprobs", **RUN}
+    expected = contrastive_sample(aligned, aligned, alpha=3.0, **options)
+    for actual, wanted in zip(contrastive_sample(aligned, aligned + shift, alpha=3.0, **options), expected, strict=True):
+        assert torch.equal(actual, wanted)
+
+
+def test_a_row_depends_on_nothing_but_itself() -> None:
+    models, uniforms = two_models(4, 61, dtype=torch.bfloat16), random_uniforms(4)
+    together = contrastive_sample(*models, alpha=0.7, uniforms=uniforms, top_k=9, **RUN)
+    alone = [
+        contrastive_sample(*(model[n : n + 1] for model in models), alpha=0.7, uniforms=uniforms[n : n + 1], top_k=9, **RUN)
+        for n in (2, 0)
+    ]
+    assert [int(one.token_ids) for one in alone] == together.token_ids[[2, 0]].tolist()
+    assert [float(one.logprobs) for one in alone] == together.logprobs[[2, 0]].tolist()

@@ -8,21 +8,12 @@ import torch
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.contrastive_sample import contrastive_sample
 from tests.kernels import test_contrastive_sample as rows
-from tests.kernels import test_contrastive_sample_filters as filters
 from tests.kernels.sampler_oracle import BELOW_ONE, check_sample, random_uniforms, two_models
 from tests.kernels.samples import pairwise
 from tests.triton import interpreted  # noqa: F401  (puts "interpreted" into the table)
 from tests.triton.interpreted import sizes
 
 RUN = {"implementation": "interpreted"}
-SHARED = (
-    rows.test_carries_no_gradient,
-    rows.test_extremes,
-    rows.test_uniforms_that_nobody_checked_still_draw_what_was_kept,
-    filters.test_top_p_stops_where_the_mass_is_reached_exactly,
-    filters.test_each_filter_sees_what_the_one_before_kept,
-    filters.test_temperature_zero,
-)
 CASES = pairwise(
     {
         "dtype": COMPILED_DTYPES,
@@ -39,18 +30,39 @@ CASES = pairwise(
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    with sizes("contrastive_sample", block=32):  # 61 entries in two tiles, or four
+    with sizes("contrastive_sample", block=64):  # 61 entries in one tile, in two of fp32
         yield
 
 
-@pytest.mark.parametrize("test", SHARED, ids=lambda test: test.__name__)
-def test_as_any_implementation(test: object) -> None:
-    test("interpreted")
+def first_and_last(logits: list[float], **options: object) -> list[int]:
+    """The tokens of the least and the largest uniform."""
+    both = torch.tensor([logits] * 2)
+    uniforms = torch.tensor([0.0, BELOW_ONE], dtype=torch.float64)
+    return contrastive_sample(both, both, alpha=1.0, uniforms=uniforms, **options, **RUN).token_ids.tolist()
+
+
+def test_extremes() -> None:
+    largest = torch.finfo(torch.float32).max
+    for options in ({}, {"temperature": 1e-300}, {"temperature": 1e36}, {"top_k": 2}):
+        assert first_and_last([largest, -largest, 0.0, largest], **options) == [0, 3], options
+    assert first_and_last([5.0, 4.0, 3.0], temperature=1e-320) == [0, 0]
+    assert first_and_last([5.0, 4.0, -9.0], temperature=1e300) == [0, 2]
+    assert first_and_last([0.0, -800.0, -1e30]) == [0, 0]
 
 
 @pytest.mark.parametrize("space", ["logits", "logprobs"])
 def test_an_alpha_beyond_float32_bans_what_it_lowers(space: str) -> None:
-    rows.test_an_alpha_beyond_float32_bans_what_it_lowers("interpreted", space)
+    aligned, base = torch.tensor([[3.0, 0.0, 0.0]]), torch.tensor([[0.0, 9.0, 0.0]])
+    result = contrastive_sample(aligned, base, alpha=1e300, uniforms=torch.tensor([0.99]), space=space, **RUN)
+    assert result.token_ids.tolist() in ([0], [2])
+
+
+def test_a_filter_sees_what_the_one_before_kept() -> None:
+    logits = [math.log(share) for share in (0.4, 0.3, 0.2, 0.1)]
+    assert first_and_last(logits, top_k=2, top_p=0.6) == [0, 1]  # 4/7 < 0.6
+    assert first_and_last(logits, top_k=2, top_p=0.5) == [0, 0]
+    assert first_and_last(logits, top_p=0.75, min_p=0.7) == [0, 1]
+    assert first_and_last(logits, top_p=0.75) == [0, 2]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
@@ -63,15 +75,15 @@ def test_exceptional_rows_and_padding(where: int, value: float) -> None:
 def test_filters_together(case: dict[str, object]) -> None:
     options = dict(case)
     dtype = options.pop("dtype")
-    check_sample(*two_models(2, 61, dtype=dtype), random_uniforms(2), **options, **RUN)
+    check_sample(*two_models(1, 61, dtype=dtype), random_uniforms(1), **options, **RUN)
 
 
 @pytest.mark.parametrize("chosen", [{}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
 def test_many_tiles(chosen: dict[str, float]) -> None:
     with sizes("contrastive_sample", block=1024):
         for dtype in (torch.bfloat16, torch.float32):
-            models = two_models(2, 3001, dtype=dtype)
-            check_sample(*models, random_uniforms(2), alpha=0.5, **chosen, **RUN)
+            models = two_models(1, 3001, dtype=dtype)
+            check_sample(*models, random_uniforms(1), alpha=0.5, **chosen, **RUN)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (2, 3, 5), (1, 1)], ids=str)

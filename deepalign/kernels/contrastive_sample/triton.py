@@ -46,6 +46,7 @@ def contrastive_sample(
             "deepalign: expected alpha, temperature >= 0, top_k in [0, vocab_size], top_p in (0, 1] and min_p in [0, 1], "
             f"got {alpha}, {temperature}, {top_k}, {top_p}, {min_p}"
         )
+    greedy, temperature = temperature == 0, min(max(temperature, 1e-37), 3e38)  # what fp32 has as normal numbers
     rows, device = aligned.shape[0], aligned.device
     launch = launch_of("contrastive_sample", device)
     block = launch.block * 2 // aligned.element_size()
@@ -61,7 +62,7 @@ def contrastive_sample(
         sample_kernel[(rows,)](
             aligned, base, uniforms, tokens, logprobs, index, value, aligned.stride(0), base.stride(0), vocab_size,
             alpha, temperature, top_k if 0 < top_k < vocab_size else 0, top_p, min_p, KIND=3 if log_space else 2,
-            FEW=few, GREEDY=temperature == 0, TOP_K=0 < top_k < vocab_size, TOP_P=top_p < 1, BLOCK=block, TILES=tiles,
+            FEW=few, GREEDY=greedy, TOP_K=0 < top_k < vocab_size, TOP_P=top_p < 1, BLOCK=block, TILES=tiles,
             LANES=lanes, CAPACITY=capacity, num_warps=launch.warps, enable_fp_fusion=True,
         )  # fmt: skip
     return tokens, logprobs

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from deepalign.kernels.completion_loss.triton import MOST_SELECTED, TILE_LIMIT, check_per_row, check_rows
 from deepalign.kernels.launch import launch_of
-from deepalign.kernels.row_math import INFINITY, LOG2E, LOWEST_KEY, finite, lower_bound, midpoint, ordered_key
+from deepalign.kernels.row_math import INFINITY, LOG2E, LOWEST_KEY, finite, float_of_key, lower_bound, midpoint, ordered_key
 from deepalign.kernels.row_select import collect, contrast
 
 BOUND_ROUNDS = tl.constexpr(8)
@@ -207,8 +207,7 @@ def _row_cut(
         a_ptr, b_ptr, tiles, vocab, alpha, threshold, most, temperature, cut, last, low + 1, 0.0, KIND, BLOCK
     )
     if MASS:
-        x = (low ^ ((low >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-        ties = _ties_of_mass(goal - mass, _weight(x, most, temperature))
+        ties = _ties_of_mass(goal - mass, _weight(float_of_key(low), most, temperature))
     else:
         ties = goal - count.to(tl.float32)
     # one more sweep finds the last of the ties that are kept

@@ -22,7 +22,8 @@ REGISTER_SLACK, SLOT_SLACK = 8, 0.25  # what another patch release of the compil
 # Constants of the loss's kernel by default: 16-bit rows of 128256 entries, 4 programs each, k = 100.
 LOSS = {
     "FIRST": True, "SECOND": True, "S": 4, "BLOCK": 2048, "TILES": 16, "LANES": 64, "CAPACITY": 128, "ALIGN": 1,
-    "DISTILL": True, "GRADIENT": True, "TEACHER_STUDENT": False, "FROM_STUDENT": False, "CENTERED": False, "GIVEN": False,
+    "DISTILL": True, "GRADIENT": True, "TEACHER_STUDENT": False, "FROM_STUDENT": False, "CENTERED": False,
+    "GIVEN": False,
 }  # fmt: skip
 LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "odd rows": {"ALIGN": 2},
@@ -41,7 +42,9 @@ LOSS_OPTIONS: dict[str, dict[str, Any]] = {
 
 def cases() -> list[tuple[str, str]]:
     """(target, name of the kernel and its options)."""
-    by_default = [(target, name) for target in TARGETS for name in ("loss", "loss, end of a row", "divergence", "sampler")]
+    by_default = [
+        (target, name) for target in TARGETS for name in ("loss", "loss, end of a row", "divergence", "sampler")
+    ]
     others = [("sm_90", f"loss, {option}") for option in LOSS_OPTIONS]
     return [*by_default, *others, ("sm_90", "sampler, top_p alone"), ("sm_90", "sampler, greedy")]
 
@@ -64,11 +67,11 @@ def _loss(target: str, dtype: str, constants: dict[str, Any], warps: int) -> Any
     from deepalign.kernels.completion_loss.triton_rows import rows_kernel
 
     whole = ":16" if constants["ALIGN"] == 1 else ""
-    types = {name: f"*{dtype}:16" for name in LOSS_TENSORS}
-    types |= {name: "*fp32:16" for name in ("wd_ptr", "wc_ptr", "value_ptr", "raise_ptr")}
+    types = dict.fromkeys(LOSS_TENSORS, f"*{dtype}:16")
+    types |= dict.fromkeys(("wd_ptr", "wc_ptr", "value_ptr", "raise_ptr"), "*fp32:16")
     types |= {"given_ptr": "*i64:16", "words_ptr": "*i64:16", "ticket_ptr": "*i64"}
-    types |= {name: "*i32:16" for name in ("index_ptr", "found_ptr", "count_ptr")}
-    types |= {name: f"i32{whole}" for name in ("stride_s", "stride_a", "stride_b", "stride_g", "lead", "vocab", "width")}
+    types |= dict.fromkeys(("index_ptr", "found_ptr", "count_ptr"), "*i32:16")
+    types |= dict.fromkeys(("stride_s", "stride_a", "stride_b", "stride_g", "lead", "vocab", "width"), f"i32{whole}")
     types |= {"k": "i32", "K": "i32", "mix": "fp32", "scale": "fp32", "tau": "fp32"}
     return compiled(rows_kernel, types, constants, target, num_warps=warps, enable_fp_fusion=True)
 
@@ -161,7 +164,8 @@ def _main_loops(made: Machine) -> dict[str, Any]:
             found |= {
                 f"{key}_slots": round(loop.instructions / entries(loop), 2),
                 f"{key}_narrow": loop.count("LDG", "STG", "LDL", "STL") - loop.count("LDG.E.128", "STG.E.128"),
-                f"{key}_unpacked": loop.count("F2F.", "F2FP") - loop.count("F2FP.BF16.F32.PACK_AB", "F2FP.F16.F32.PACK_AB"),
+                f"{key}_unpacked": loop.count("F2F.", "F2FP")
+                - loop.count("F2FP.BF16.F32.PACK_AB", "F2FP.F16.F32.PACK_AB"),
             }
     return found
 
@@ -184,7 +188,9 @@ def complaints(found: dict[str, Any], accepted: dict[str, Any] | None) -> list[s
                 wrong.append(f"{name}: the main loop of {key} has no 16-byte loads any more")
                 continue
             if found[f"{key}_slots"] > accepted[f"{key}_slots"] + SLOT_SLACK:
-                wrong.append(f"{name}: {found[f'{key}_slots']} slots per entry in {key}, accepted {accepted[f'{key}_slots']}")
+                wrong.append(
+                    f"{name}: {found[f'{key}_slots']} slots per entry in {key}, accepted {accepted[f'{key}_slots']}"
+                )
             for what in ("narrow", "unpacked"):
                 if found[f"{key}_{what}"]:
                     wrong.append(f"{name}: {found[f'{key}_{what}']} {what} instructions in {key}")
@@ -205,7 +211,9 @@ def table(every: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compile all, print the table, compare; 1 if anything got worse."""
-    parser = argparse.ArgumentParser(description="compile the Triton kernels without a GPU and compare with what is accepted")
+    parser = argparse.ArgumentParser(
+        description="compile the Triton kernels without a GPU and compare with what is accepted"
+    )
     parser.add_argument("--accept", action="store_true", help=f"write {ACCEPTED.name} anew")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)

@@ -132,8 +132,16 @@ def loss_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             useful = tensors * count * vocab * 2
             for name, times in take_turns(entered, Clock(options.device), options.rounds).items():
                 gb_per_s = useful / times["ms"] / 1e6
-                row = {"operation": "completion_loss", "shape": [count, vocab], "mode": mode, "contestant": name, **times}
-                rows.append(row | {"useful_gb_per_s": gb_per_s, "share_of_copy": gb_per_s / copy, "copy_gb_per_s": copy})
+                row = {
+                    "operation": "completion_loss",
+                    "shape": [count, vocab],
+                    "mode": mode,
+                    "contestant": name,
+                    **times,
+                }
+                rows.append(
+                    row | {"useful_gb_per_s": gb_per_s, "share_of_copy": gb_per_s / copy, "copy_gb_per_s": copy}
+                )
             torch._dynamo.reset()
     return rows
 
@@ -181,7 +189,12 @@ def sampler_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
             entered = {name: Contestant(call) for name, (call, _) in graphs.items()}
             for name, times in take_turns(entered, Clock(options.device), options.rounds).items():
                 us = 1e3 * times["ms"] / graphs[name][1]
-                row = {"operation": "contrastive_sample", "shape": [batch, vocab], "options": chosen, "contestant": name}
+                row = {
+                    "operation": "contrastive_sample",
+                    "shape": [batch, vocab],
+                    "options": chosen,
+                    "contestant": name,
+                }
                 rows.append(row | {"us": us})
             torch._dynamo.reset()
     return rows

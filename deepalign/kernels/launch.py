@@ -37,17 +37,22 @@ LAUNCH: dict[str, dict[str, Launch]] = {
 
 def launch_of(operation: str, device: torch.device) -> Launch:
     """The sizes for an operation on a device."""
-    table = LAUNCH[operation]
-    architecture = _architecture(device.index if device.index is not None else -1) if device.type == "cuda" else "default"
+    table, architecture = LAUNCH[operation], architecture_of(device)
     return _tuned().get(f"{operation}/{architecture}") or table.get(architecture, table["default"])
+
+
+def architecture_of(device: torch.device) -> str:
+    """A key of the tables."""
+    if device.type != "cuda":
+        return "default"
+    return _architecture(torch.cuda.current_device() if device.index is None else device.index)
 
 
 @cache
 def _architecture(index: int) -> str:
-    device = torch.cuda.current_device() if index < 0 else index
     if torch.version.hip:
-        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
-    major, minor = torch.cuda.get_device_capability(device)
+        return torch.cuda.get_device_properties(index).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(index)
     return f"{major}{minor}"
 
 
@@ -57,12 +62,30 @@ def tuned_file() -> Path:
     return Path(folder) / "launch.json"
 
 
-@cache
+_kept: dict[str, Launch] | None = None  # what was tuned, once it is read
+
+
 def _tuned() -> dict[str, Launch]:
+    global _kept
+    if _kept is None:
+        reread_tuned()
+    return _kept or {}
+
+
+def reread_tuned() -> None:
+    """Read what was tuned again."""
+    global _kept
+    path = tuned_file()
     try:
-        return {name: Launch(**sizes) for name, sizes in json.loads(tuned_file().read_text()).items()}
-    except FileNotFoundError:
-        return {}
+        _kept = {name: Launch(**sizes) for name, sizes in json.loads(path.read_text()).items()} if path.exists() else {}
+    except (ValueError, TypeError, AttributeError) as error:
+        raise RuntimeError(f"{path} is no table of launch sizes ({error}); remove it, or tune again") from error
+
+
+def forget_tuned() -> None:
+    """Use the tables alone, in this process."""
+    global _kept
+    _kept = {}
 
 
 def split_of_rows(launch: Launch, rows: int, vocab: int, block: int) -> int:

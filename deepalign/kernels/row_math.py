@@ -1,14 +1,14 @@
 """Triton device functions that the ops share: how a row is read, partitions, bounds, ordered keys.
 
-A row is cut into tiles of BLOCK entries. S programs share it, tile i belonging to program i mod S. A tile is held as two
-halves of P = BLOCK / 2 lanes, the even and the odd entries: lane j of all the program's tiles is a *group*, so that sums
-and maxima per group need no exchange between threads until the row ends.
+A row is cut into tiles of BLOCK entries. S programs share it, tile i belonging to program i mod S. A tile is held as
+two halves of P = BLOCK / 2 lanes, the even and the odd entries: lane j of all the program's tiles is a *group*, so
+that sums and maxima per group need no exchange between threads until the row ends.
 
 ALIGN says how a tile is addressed:
     0   a row may start anywhere: every access is of one entry
     1   rows start at multiples of 16 entries and have a multiple of 16: every access is of 16 bytes
-    2   anything else, alike in all tensors: the row's address is rounded down to 16 bytes, `shift` entries too early, and
-        only the first and the last tile, which need a mask, are read entry by entry
+    2   anything else, alike in all tensors: the row's address is rounded down to 16 bytes, `shift` entries too early,
+        and only the first and the last tile, which need a mask, are read entry by entry
 """
 
 import triton
@@ -87,7 +87,7 @@ def halves_of_word(word, element: tl.constexpr):
 
 @triton.jit
 def store_tile(ptr, tile, low, high, shift, vocab, BLOCK: tl.constexpr, MASKED: tl.constexpr):
-    """Round a tile's halves to the tensor's dtype and write them: joined first, so that conversion and store are wide."""
+    """Round a tile's halves and write them: joined first, so that conversion and store are wide."""
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
     value = tl.reshape(tl.join(low, high), [BLOCK]).to(ptr.dtype.element_ty)
     if MASKED:

@@ -10,8 +10,8 @@ import triton.language as tl
 
 from deepalign.kernels.row_math import INFINITY, LOWEST_KEY, midpoint, ordered_key
 
-
-# What is ranked: the first tensor's entry, b - r, or the contrastive logit by difference of logits or of log-probabilities.
+# What is ranked: the first tensor's entry, b - r, or the contrastive logit by difference of logits or of log-
+# probabilities.
 ENTRY = tl.constexpr(0)
 DIFFERENCE = tl.constexpr(1)
 CONTRAST = tl.constexpr(2)
@@ -86,7 +86,23 @@ def collect(
         tl.debug_barrier()
         low, high = ordered_key(bound), ordered_key(tl.max(maxima))
         count = _collect_exactly(
-            r_ptr, b_ptr, s_ptr, index_ptr, value_ptr, low, high, k, part, tiles, vocab, shift, alpha, threshold, KIND, S, BLOCK
+            r_ptr,
+            b_ptr,
+            s_ptr,
+            index_ptr,
+            value_ptr,
+            low,
+            high,
+            k,
+            part,
+            tiles,
+            vocab,
+            shift,
+            alpha,
+            threshold,
+            KIND,
+            S,
+            BLOCK,
         )
     return count
 
@@ -101,7 +117,18 @@ def _keys(r_ptr, b_ptr, tile, vocab, shift, alpha, threshold, KIND: tl.constexpr
 
 @triton.jit
 def _count_from(
-    r_ptr, b_ptr, key, part, tiles, vocab, shift, alpha, threshold, KIND: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr
+    r_ptr,
+    b_ptr,
+    key,
+    part,
+    tiles,
+    vocab,
+    shift,
+    alpha,
+    threshold,
+    KIND: tl.constexpr,
+    S: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     count = tl.zeros([BLOCK], tl.int32)
     for tile in range(part, tiles, S):
@@ -143,7 +170,7 @@ RANKED = tl.constexpr(32)
 
 @triton.jit
 def write_largest(r_ptr, index_ptr, count, k, out_ptr):
-    """Of `count` listed entries of a row, write the index of the k with the largest r, descending, -1 after the last."""
+    """Of `count` listed entries write the index of the k with the largest r, descending, and -1 after the last."""
     at = tl.arange(0, RANKED)
     for first in range(0, k, RANKED):
         tl.store(out_ptr + first + at, tl.full([RANKED], -1, tl.int64), mask=first + at < k)

@@ -1,4 +1,5 @@
-"""The Triton kernels where they are meant to run: against the reference at real sizes, beyond 2^31 entries, no waits."""
+"""The Triton kernels where they are meant to run: against the reference at real sizes, beyond 2^31 entries, no
+waits."""
 
 import pytest
 import torch
@@ -22,7 +23,11 @@ def run(models: list[Tensor], implementation: str, **options: object) -> tuple[l
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (3, 32000), (40, 128256), (7, 128255), (7, 128257), (33, 151936)])
-@pytest.mark.parametrize("kind", [{}, {"kl_direction": "teacher_student"}, {"favored_from": "student"}, {"penalty": "centered_square"}], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"kl_direction": "teacher_student"}, {"favored_from": "student"}, {"penalty": "centered_square"}],
+    ids=str,
+)
 def test_loss_and_gradient_are_the_references(rows: int, vocab: int, dtype: torch.dtype, kind: dict[str, str]) -> None:
     models = three_models(rows, vocab, dtype=dtype)
     config = CompletionLossConfig(top_k=min(100, vocab), **kind)
@@ -55,7 +60,9 @@ def test_more_than_2_to_the_31_entries() -> None:
     torch.testing.assert_close(output.kl[-3:], expected.kl, rtol=2e-5, atol=2e-5)
     assert torch.equal(output.top_k_indices[-3:], expected.top_k_indices)
     student.requires_grad_()
-    loss = fused_completion_loss(student * 1, aligned, base, reduction="sum", inplace=True, implementation="triton").loss
+    loss = fused_completion_loss(
+        student * 1, aligned, base, reduction="sum", inplace=True, implementation="triton"
+    ).loss
     loss.backward()
     assert bool(torch.isfinite(student.grad[-3:]).all())
     assert bool(student.grad[-3:].any())
@@ -103,11 +110,15 @@ def test_sampler_and_statistics_are_the_references(vocab: int, dtype: torch.dtyp
         position_divergence(aligned, base, implementation="reference"),
         strict=True,
     ):
-        torch.testing.assert_close(left.float(), right.float(), rtol=2e-5, atol=3.0 if left.dtype == torch.int64 else 2e-5)
+        torch.testing.assert_close(
+            left.float(), right.float(), rtol=2e-5, atol=3.0 if left.dtype == torch.int64 else 2e-5
+        )
     uniforms = torch.rand(16, device="cuda", dtype=torch.float64)
     for chosen in ({}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.0}):
         options = {"alpha": 0.5, "uniforms": uniforms, **chosen}
-        found, expected = (contrastive_sample(aligned, base, implementation=i, **options) for i in ("triton", "reference"))
+        found, expected = (
+            contrastive_sample(aligned, base, implementation=i, **options) for i in ("triton", "reference")
+        )
         assert int((found.token_ids != expected.token_ids).sum()) <= 1  # a uniform may fall on a boundary
 
 

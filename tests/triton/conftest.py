@@ -1,4 +1,5 @@
-"""The Triton kernels on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/triton`, a part of `make test`.
+"""The Triton kernels on a CPU, in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/triton`, a part of `make
+test`.
 
 Triton decides at its first import whether it interprets, so these tests need a process of their own.
 """

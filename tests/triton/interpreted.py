@@ -37,7 +37,9 @@ def _arguments(inputs: CompletionLossInputs) -> tuple[Any, ...]:
 
 def _shaped(output: tuple[Tensor, ...], student: Tensor) -> CompletionLossOutput:
     rows = student.shape[:-1]
-    return CompletionLossOutput(*(value.view(rows) for value in output[:-1]), output[-1].view(*rows, output[-1].shape[-1]))
+    return CompletionLossOutput(
+        *(value.view(rows) for value in output[:-1]), output[-1].view(*rows, output[-1].shape[-1])
+    )
 
 
 class _Rows(torch.autograd.Function):

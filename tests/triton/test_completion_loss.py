@@ -60,7 +60,9 @@ def test_options_together(case: dict[str, object]) -> None:
             model[1] = NAN  # not read
     options = {name: case[name] for name in KINDS}
     # Programs of at least a tile: a row of 2051 entries and tiles of 512 make 4.
-    with sizes("completion_loss", block=512 if dtype != torch.float32 else 1024, share=2051 // case["split"], programs=1):
+    with sizes(
+        "completion_loss", block=512 if dtype != torch.float32 else 1024, share=2051 // case["split"], programs=1
+    ):
         check_against_oracle(
             *models,
             config=config(min(case["top_k"], vocab), temperature=case["temperature"], teacher_mix=1.3, **options),
@@ -181,8 +183,8 @@ def test_ties_in_every_number() -> None:
     """Few distinct differences, so that the k-th is tied within and across tiles and programs."""
     generator = torch.Generator().manual_seed(1)
     for vocab, values, top_k in ((50, 1, 40), (50, 9, 7), (2051, 1, 1), (2051, 1, 40), (2051, 2, 40), (2051, 9, 40)):
-        aligned = torch.randint(-2, 3, (2, vocab), generator=generator).bfloat16()
-        base = aligned + torch.randint(values, (2, vocab), generator=generator).bfloat16()
+        aligned = torch.randint(-2, 3, (1, vocab), generator=generator).bfloat16()
+        base = aligned + torch.randint(values, (1, vocab), generator=generator).bfloat16()
         with small(4):
             check_against_wide_rows(
                 aligned * 0.5, aligned, base, config(top_k, lambda_reg=1e-4), tolerance=4e-6, inplace=True, **RUN
@@ -198,10 +200,10 @@ def orders(vocab: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", orders(1))
-@pytest.mark.parametrize("top_k", [1, 100])
+@pytest.mark.parametrize("top_k", [100])
 def test_orders_that_defeat_bounds(name: str, top_k: int) -> None:
-    base = orders(4001)[name].expand(1, -1)
-    with small(4, vocab=4001):
+    base = orders(2001)[name].expand(1, -1)
+    with small(2, vocab=2001, block=1024):
         check_against_wide_rows(
             base * 0.25, torch.zeros_like(base), base, config(top_k, lambda_reg=1e-4), tolerance=4e-6, **RUN
         )
@@ -277,7 +279,9 @@ def test_in_place_writes_the_logits_and_nothing_beside_them(place: tuple[int, in
     logits = shifted(student, *place)
     whole = logits._base
     before = whole.clone()
-    output = fused_completion_loss(logits.add_(torch.zeros(1, requires_grad=True).bfloat16()), aligned, base, inplace=True, **options)
+    output = fused_completion_loss(
+        logits.add_(torch.zeros(1, requires_grad=True).bfloat16()), aligned, base, inplace=True, **options
+    )
     torch.testing.assert_close(logits.detach(), expected_gradient, rtol=8e-3, atol=1e-7)
     assert not bool(logits[:, 70:].any())
     assert torch.equal(output.top_k_indices, expected.top_k_indices)
@@ -333,3 +337,13 @@ def test_results_do_not_depend_on_what_else_is_in_the_batch() -> None:
         )
     for left, right in zip((*output, gradient), (*alone, alone_gradient), strict=True):
         assert torch.equal(left[1:2], right)
+
+
+def test_rows_are_scaled_by_their_upstream_gradient_in_place() -> None:
+    gradient = three_models(3, 3000, dtype=torch.bfloat16)[0]
+    upstream = torch.tensor([1.0, 2.5, NAN])
+    expected = torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient))
+    scaled = loss_triton.scale_rows_(gradient, upstream)
+    assert scaled.data_ptr() == gradient.data_ptr()
+    torch.testing.assert_close(scaled, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(loss_triton.scale_rows_(expected[:2], torch.ones(()).expand(2)), expected[:2])

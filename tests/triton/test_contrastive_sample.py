@@ -65,10 +65,23 @@ def test_a_filter_sees_what_the_one_before_kept() -> None:
     assert first_and_last(logits, top_p=0.75) == [0, 2]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf], ids=str)
-@pytest.mark.parametrize("where", [0, 1])
-def test_exceptional_rows_and_padding(where: int, value: float) -> None:
-    rows.test_exceptional_rows_and_padding("interpreted", torch.bfloat16, where, value)
+def test_exceptional_rows_and_padding() -> None:
+    models = two_models(8, 40)
+    for model in models:
+        model[1, 3:9] = -math.inf  # absent
+        model[2] = -math.inf  # nothing is present
+        model[:, 36:] = math.nan  # beyond vocab_size
+    for row, where, value in (
+        (3, 0, math.nan),
+        (4, 1, math.nan),
+        (5, 0, math.inf),
+        (6, 1, -math.inf),
+        (7, 0, -math.inf),
+    ):
+        models[where][row, 12] = value
+    for chosen in ({"top_k": 6}, {"temperature": 0.0}):
+        result = check_sample(*models, random_uniforms(8), alpha=0.7, vocab_size=36, **chosen, **RUN)
+        assert (result.token_ids == -1).tolist() == [False, False, True, True, True, True, True, True]
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case.values())))
@@ -81,18 +94,18 @@ def test_filters_together(case: dict[str, object]) -> None:
 @pytest.mark.parametrize("chosen", [{}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
 def test_many_tiles(chosen: dict[str, float]) -> None:
     with sizes("contrastive_sample", block=1024):
-        for dtype in (torch.bfloat16, torch.float32):
-            models = two_models(1, 3001, dtype=dtype)
+        for dtype in (torch.bfloat16,):
+            models = two_models(1, 2001, dtype=dtype)
             check_sample(*models, random_uniforms(1), alpha=0.5, **chosen, **RUN)
 
 
-@pytest.mark.parametrize("shape", [(0, 5), (2, 3, 5), (1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5), (1, 1)], ids=str)
 def test_shapes(shape: tuple[int, ...]) -> None:
     rows.test_shapes("interpreted", shape)
 
 
-@pytest.mark.parametrize("top_p", [0.25, 1.0])
-@pytest.mark.parametrize("top_k", [0, 30, 1100])
+@pytest.mark.parametrize("top_p", [0.25])
+@pytest.mark.parametrize("top_k", [30, 1100])
 def test_ties_are_kept_in_index_order(top_k: int, top_p: float) -> None:
     logits = torch.full((2600,), -1000.0)
     tied = torch.arange(5, 2600, 2)
@@ -106,20 +119,24 @@ def test_ties_are_kept_in_index_order(top_k: int, top_p: float) -> None:
     assert result.logprobs.tolist() == pytest.approx([-math.log(kept)] * 2, rel=1e-6)
 
 
-@pytest.mark.parametrize("shift", [8.0, 1000.0])
+@pytest.mark.parametrize("shift", [1000.0])
 def test_a_shift_of_the_base_model_changes_nothing(shift: float) -> None:
-    aligned, _ = (model.mul(4).round() for model in two_models(2, 61))
-    options = {"uniforms": random_uniforms(2), "top_k": 20, "top_p": 0.9, "space": "logprobs", **RUN}
+    aligned, _ = (model.mul(4).round() for model in two_models(1, 61))
+    options = {"uniforms": random_uniforms(1), "top_k": 20, "top_p": 0.9, "space": "logprobs", **RUN}
     expected = contrastive_sample(aligned, aligned, alpha=3.0, **options)
-    for actual, wanted in zip(contrastive_sample(aligned, aligned + shift, alpha=3.0, **options), expected, strict=True):
+    for actual, wanted in zip(
+        contrastive_sample(aligned, aligned + shift, alpha=3.0, **options), expected, strict=True
+    ):
         assert torch.equal(actual, wanted)
 
 
 def test_a_row_depends_on_nothing_but_itself() -> None:
-    models, uniforms = two_models(4, 61, dtype=torch.bfloat16), random_uniforms(4)
+    models, uniforms = two_models(3, 61, dtype=torch.bfloat16), random_uniforms(3)
     together = contrastive_sample(*models, alpha=0.7, uniforms=uniforms, top_k=9, **RUN)
     alone = [
-        contrastive_sample(*(model[n : n + 1] for model in models), alpha=0.7, uniforms=uniforms[n : n + 1], top_k=9, **RUN)
+        contrastive_sample(
+            *(model[n : n + 1] for model in models), alpha=0.7, uniforms=uniforms[n : n + 1], top_k=9, **RUN
+        )
         for n in (2, 0)
     ]
     assert [int(one.token_ids) for one in alone] == together.token_ids[[2, 0]].tolist()

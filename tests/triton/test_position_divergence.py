@@ -1,4 +1,5 @@
-"""The position statistics' Triton kernels against float64, in the interpreter: what the other implementations are held to."""
+"""The position statistics' Triton kernels against float64, in the interpreter: what the other implementations are held
+to."""
 
 import math
 
@@ -13,7 +14,6 @@ from tests.triton import interpreted  # noqa: F401  (puts "interpreted" into the
 from tests.triton.interpreted import sizes
 
 SHARED = (
-    shared.test_error_is_no_larger_than_eagers,
     shared.test_jsd_keeps_its_digits_where_models_nearly_agree,
     shared.test_models_apart_by_far_reach_log_2,
     shared.test_equal_models,
@@ -29,7 +29,7 @@ def test_as_any_implementation(test: object) -> None:
 
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 7, 128, 3001])
+@pytest.mark.parametrize("vocab", [1, 7, 128, 2001])
 def test_divergence_against_float64(vocab: int, dtype: torch.dtype) -> None:
     shared.test_divergence_against_float64("interpreted", 3, vocab, dtype, vocab % 2 == 0)
 
@@ -41,7 +41,7 @@ def test_exceptional_rows_and_padding(where: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
-@pytest.mark.parametrize(("rows", "vocab", "k"), [(0, 5, 2), (3, 1, 1), (3, 7, 7), (3, 2051, 100)])
+@pytest.mark.parametrize(("rows", "vocab", "k"), [(0, 5, 2), (3, 1, 1), (3, 7, 7), (1, 1300, 60)])
 def test_base_favored_tokens(rows: int, vocab: int, k: int, dtype: torch.dtype) -> None:
     with sizes("completion_loss", block=512, share=1000, programs=1):
         shared.test_base_favored_tokens("interpreted", rows, vocab, k, dtype)
@@ -53,9 +53,9 @@ def test_no_rows_and_a_single_row(shape: tuple[int, ...]) -> None:
 
 
 def test_more_than_a_program_lists() -> None:
-    _, aligned, base = three_models(2, 1300, dtype=torch.bfloat16)
+    _, aligned, base = three_models(2, 1100, dtype=torch.bfloat16)
     aligned[1, 50:] = base[1, 50:] = -math.inf
-    for operation, top in ((position_divergence, {"top_n": 1100}), (base_favored_tokens, {"top_k": 1100})):
+    for operation, top in ((position_divergence, {"top_n": 1030}), (base_favored_tokens, {"top_k": 1030})):
         for found, expected in zip(
             operation(aligned, base, implementation="interpreted", **top),
             operation(aligned, base, implementation="reference", **top),

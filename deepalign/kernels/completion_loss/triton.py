@@ -1,10 +1,10 @@
 """The completion loss on a GPU. `reference.py` has the equations.
 
-Pass 1 reads the three rows once: sums of four exponentials, of p (s - t), and the largest d per lane (`triton_math.py`),
-which yield the divergence, the threshold of the count, and a bound that k differences reach. The lanes that reach it are
-looked into again, and their entries above the bound, index and s, are the candidates for M (`row_select.py`). Pass 2 reads
-the rows again: gradient and count, one exponential per element. A last, small kernel chooses M exactly among the
-candidates and puts its share into the gradient (`triton_select.py`).
+Pass 1 reads the three rows once: sums of four exponentials, of p (s - t), and the largest d per lane
+(`triton_math.py`), which yield the divergence, the threshold of the count, and a bound that k differences reach. The
+lanes that reach it are looked into again, and their entries above the bound, index and s, are the candidates for M
+(`row_select.py`). Pass 2 reads the rows again: gradient and count, one exponential per element. A last, small kernel
+chooses M exactly among the candidates and puts its share into the gradient (`triton_select.py`).
 
 S programs share a row and keep so little of it in flight that pass 2 reads cache: 14 bytes per bf16 element would go to
 memory otherwise, and 8 do. They exchange 14 numbers once, between the passes, through global memory: 64-bit words that
@@ -25,7 +25,7 @@ from torch import Tensor
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.completion_loss.triton_rows import rows_kernel
-from deepalign.kernels.completion_loss.triton_select import select_kernel
+from deepalign.kernels.completion_loss.triton_select import scale_kernel, select_kernel
 from deepalign.kernels.eager_math import top_k_lowest_index
 from deepalign.kernels.launch import Launch, launch_of, split_of_rows
 
@@ -66,9 +66,11 @@ class Plan(NamedTuple):
 
 def completion_loss(student: Tensor, aligned: Tensor, base: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The kernel of `deepalign::completion_loss`."""
-    *arguments, with_gradient = arguments
-    gradient = torch.empty((student.shape[0] if with_gradient else 0, student.shape[1]), dtype=student.dtype, device=student.device)
-    return (*completion_loss_(student, aligned, base, *arguments, gradient if with_gradient else None), gradient)
+    *rest, with_gradient = arguments
+    gradient = torch.empty(
+        (student.shape[0] if with_gradient else 0, student.shape[1]), dtype=student.dtype, device=student.device
+    )
+    return (*completion_loss_(student, aligned, base, *rest, gradient if with_gradient else None), gradient)
 
 
 def completion_loss_(
@@ -83,10 +85,22 @@ def completion_loss_(
 ) -> tuple[Tensor, ...]:
     """The kernel of `deepalign::completion_loss_`.
 
-    `together=False` launches the two passes one after the other, as an interpreter must that runs one program at a time.
+    `together=False` launches the two passes one after the other, as an interpreter must that runs one program at a
+    time.
     """
     *options, gradient = arguments
-    return run_rows(student, aligned, base, kl_weight, completion_weight, top_k_indices, Options(*options), gradient, together)[:-1]
+    return run_rows(
+        student, aligned, base, kl_weight, completion_weight, top_k_indices, Options(*options), gradient, together
+    )[:-1]
+
+
+def scale_rows_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    """Scale the rows (N, V) whose upstream gradient (N,) is not 1, in place."""
+    if gradient.numel():
+        scale_kernel[(gradient.shape[0],)](
+            gradient, upstream, gradient.stride(0), upstream.stride(0), gradient.shape[1], BLOCK=2048, num_warps=8
+        )
+    return gradient
 
 
 def run_rows(
@@ -114,17 +128,23 @@ def run_rows(
     listed, distinct = given, k > MOST_SELECTED
     if distinct and given is None:
         given = listed = _select_before(student, aligned, base, options)
-    elif distinct:
+    elif distinct and given is not None:
         listed = _without_repetition(given)
     device = student.device
     new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
     per_row = new(5, rows)
-    count, indices, differences = new(rows, dtype=torch.int64), new(rows, k, dtype=torch.int64), new(0 if options.distill else rows, k)
+    count, indices, differences = (
+        new(rows, dtype=torch.int64),
+        new(rows, k, dtype=torch.int64),
+        new(0 if options.distill else rows, k),
+    )
     output = (per_row[0], per_row[1], per_row[2], per_row[3], count, indices, differences)
     if rows == 0:
         return output
     tensors = [student, aligned, base] + ([] if gradient is None else [gradient])
-    plan = _plan(launch_of("completion_loss", device), tensors, options.vocab_size, k, given is not None, together, options)
+    plan = _plan(
+        launch_of("completion_loss", device), tensors, options.vocab_size, k, given is not None, together, options
+    )
     programs = rows * plan.split
     words = _new_words(programs, device)
     index, value = new(programs, plan.capacity, dtype=torch.int32), new(programs, plan.capacity)
@@ -138,6 +158,7 @@ def run_rows(
         "TEACHER_STUDENT": options.teacher_student, "FROM_STUDENT": options.favored_from_student,
         "CENTERED": options.centered_square, "GIVEN": given is not None, "enable_fp_fusion": True,
     }  # fmt: skip
+
     def read(first: bool, second: bool, with_gradient: bool) -> None:
         rows_kernel[(programs,)](
             views[0], views[1], views[2], views[-1], kl_weight, completion_weight, listed, words,
@@ -149,10 +170,10 @@ def run_rows(
 
     def select(statistics: bool, fix: bool) -> None:
         select_kernel[(rows,)](
-            aligned, base, g, kl_weight, completion_weight, given, listed, words, index, value, found, counts, per_row[4],
-            *output, aligned.stride(0), base.stride(0), stride_g, options.vocab_size, k, mix, scale, options.temperature,
-            options.alpha_base, options.gamma, options.lambda_reg, STATISTICS=statistics, FIX=fix, DISTINCT=distinct, num_warps=1, **flags,
-        )  # fmt: skip
+            aligned, base, g, kl_weight, completion_weight, given, listed, words, index, value, found, counts,
+            per_row[4], *output, aligned.stride(0), base.stride(0), stride_g, options.vocab_size, k, mix, scale,
+            options.temperature, options.alpha_base, options.gamma, options.lambda_reg, STATISTICS=statistics, FIX=fix,
+            DISTINCT=distinct, num_warps=1, **flags, )  # fmt: skip
 
     emits = gradient is not None
     if emits and options.centered_square:
@@ -178,7 +199,9 @@ def check_rows(vocab_size: int, **logits: Tensor) -> None:
         if tensor.dim() != 2 or tensor.shape != first.shape or tensor.device != first.device:
             raise RuntimeError(f"deepalign: {name} must be (rows, vocabulary), of the others' shape and device")
         if tensor.dtype not in COMPILED_DTYPES or tensor.dtype != first.dtype:
-            raise RuntimeError(f"deepalign: {name} must be float32, bfloat16 or float16 like the others, is {tensor.dtype}")
+            raise RuntimeError(
+                f"deepalign: {name} must be float32, bfloat16 or float16 like the others, is {tensor.dtype}"
+            )
         if tensor.shape[1] > 1 and tensor.stride(1) != 1:
             raise RuntimeError(f"deepalign: {name} must have stride 1 in the vocabulary")
     if not 1 <= vocab_size <= first.shape[1]:

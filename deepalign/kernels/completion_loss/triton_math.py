@@ -1,9 +1,9 @@
 """The arithmetic of the completion loss on a GPU: sums over a share of a row, what they say together, the gradient.
 
 Sums are of powers of 2 from an offset. Optimistically the offset is the row's first entry, rounded to whole bits: one
-multiply-add per exponential, no running maximum. A sum that is then not finite (an entry 128 bits above the first, -inf,
-NaN) makes its program start again *carefully*: true maxima first, absent entries and bad rows told apart, differences
-taken before they are scaled. Offsets are in bits in the first case, in logits in the second.
+multiply-add per exponential, no running maximum. A sum that is then not finite (an entry 128 bits above the first,
+-inf, NaN) makes its program start again *carefully*: true maxima first, absent entries and bad rows told apart,
+differences taken before they are scaled. Offsets are in bits in the first case, in logits in the second.
 """
 
 import triton
@@ -11,8 +11,8 @@ import triton.language as tl
 
 from deepalign.kernels.row_math import INFINITY, LN2, LOG2E, finite, whole_offset
 
-# Words that a program publishes about its share of a row, 64 bits each: an fp32 value and, above it, the tag 1. Value and
-# flag in one word need no fence.
+# Words that a program publishes about its share of a row, 64 bits each: an fp32 value and, above it, the tag 1. Value
+# and flag in one word need no fence.
 OFFSET_S = tl.constexpr(0)
 SUM_S = tl.constexpr(1)
 OFFSET_T = tl.constexpr(2)

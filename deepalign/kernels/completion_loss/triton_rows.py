@@ -222,8 +222,8 @@ def _emit_tile(
 
 @triton.jit
 def _emit_share_carefully(
-    s_ptr, a_ptr, b_ptr, g_ptr, part, tiles, shift, vocab, threshold, facts, bad, careful, wd, mix, scale, tau, raise_by,
-    S: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, TEACHER_STUDENT: tl.constexpr,
+    s_ptr, a_ptr, b_ptr, g_ptr, part, tiles, shift, vocab, threshold, facts, bad, careful, wd, mix, scale, tau,
+    raise_by, S: tl.constexpr, BLOCK: tl.constexpr, GRADIENT: tl.constexpr, TEACHER_STUDENT: tl.constexpr,
     FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     """Count and gradient where entries are absent, or the row is bad."""
@@ -315,7 +315,8 @@ def rows_kernel(
     LANES: tl.constexpr, CAPACITY: tl.constexpr, ALIGN: tl.constexpr, DISTILL: tl.constexpr, GRADIENT: tl.constexpr,
     TEACHER_STUDENT: tl.constexpr, FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and part: pass 1 (FIRST), pass 2 (SECOND), or both with a wait for the row's other programs."""
+    """One program per row and part: pass 1 (FIRST), pass 2 (SECOND), or both with a wait for the row's other
+    programs."""
     if FIRST and SECOND:
         # Programs wait for others of their row, so their numbers must be those in which they start: a number is drawn,
         # not the grid's. Whoever waits then waits for programs that run already.

@@ -59,7 +59,9 @@ def _rank(
             )  # fmt: skip
             same = key_2[None, :] == key[:, None]
             if GIVEN:
-                before = same & (index_2[None, :] == index[:, None]) & ((first + tl.arange(0, CHUNK))[None, :] < at[:, None])
+                before = (
+                    same & (index_2[None, :] == index[:, None]) & ((first + tl.arange(0, CHUNK))[None, :] < at[:, None])
+                )
                 before = before & (key_2[None, :] > LOWEST_KEY)
             else:
                 before = (key_2[None, :] > key[:, None]) | (same & (index_2[None, :] < index[:, None]))
@@ -83,13 +85,11 @@ def _copy_row(from_ptr, to_ptr, K):
 
 @triton.jit(do_not_specialize=["K"])
 def select_kernel(
-    a_ptr, b_ptr, g_ptr, wd_ptr, wc_ptr, given_ptr, listed_ptr, words_ptr, index_ptr, value_ptr, found_ptr, count_ptr, raise_ptr,
-    loss_ptr, kl_ptr, completion_ptr, alpha_ptr, out_count_ptr, out_index_ptr, out_difference_ptr,
-    stride_a, stride_b, stride_g, vocab, K, mix, scale, tau, alpha_base, gamma, lambda_reg,
-    STATISTICS: tl.constexpr, FIX: tl.constexpr, S: tl.constexpr, CAPACITY: tl.constexpr, DISTILL: tl.constexpr,
-    TEACHER_STUDENT: tl.constexpr, FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr,
-    DISTINCT: tl.constexpr,
-):  # fmt: skip
+    a_ptr, b_ptr, g_ptr, wd_ptr, wc_ptr, given_ptr, listed_ptr, words_ptr, index_ptr, value_ptr, found_ptr, count_ptr,
+    raise_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, out_count_ptr, out_index_ptr, out_difference_ptr, stride_a,
+    stride_b, stride_g, vocab, K, mix, scale, tau, alpha_base, gamma, lambda_reg, STATISTICS: tl.constexpr, FIX:
+    tl.constexpr, S: tl.constexpr, CAPACITY: tl.constexpr, DISTILL: tl.constexpr, TEACHER_STUDENT: tl.constexpr,
+    FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr, DISTINCT: tl.constexpr, ):  # fmt: skip
     """One program per row, after all of `rows_kernel`: STATISTICS writes everything per row, FIX the gradient at M."""
     row = tl.program_id(0).to(tl.int64)
     wd, wc = tl.load(wd_ptr + row), tl.load(wc_ptr + row)
@@ -178,3 +178,16 @@ def select_kernel(
                 tl.store(kl_ptr + row, kl)
                 tl.store(completion_ptr + row, completion)
                 tl.store(alpha_ptr + row, alpha)
+
+
+@triton.jit
+def scale_kernel(g_ptr, upstream_ptr, stride_g, stride_u, width, BLOCK: tl.constexpr):
+    """Multiply a row by its upstream gradient, which is looked at first: 1 costs nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    upstream = tl.load(upstream_ptr + row * stride_u).to(tl.float32)
+    if upstream != 1.0:
+        g_ptr += row * stride_g
+        for first in range(0, width, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            g = tl.load(g_ptr + at, mask=at < width, other=0.0).to(tl.float32) * upstream
+            tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=at < width)

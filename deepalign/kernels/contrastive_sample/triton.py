@@ -1,13 +1,13 @@
 """The contrastive sampler on a GPU, one launch, one program per row. `reference.py` has the equations.
 
 A first sweep over the row gives both partitions, hence the threshold of the contrast; a second the largest x, and the
-largest per lane. Whatever the filters leave is {x > cut} and, in the order of their index, the first of those equal to the
-cut; so is each filter's own result. A cut is found by bisection over ordered keys.
+largest per lane. Whatever the filters leave is {x > cut} and, in the order of their index, the first of those equal to
+the cut; so is each filter's own result. A cut is found by bisection over ordered keys.
 
 Where top-k is at most 1024, all further work is on the few entries that may be among the k largest (`row_select.py`),
-held in registers. Else every step of the bisection is a sweep over the row. The draw inverts the CDF in the order of the
-index, again by bisection: the weights up to an index, a sum whose rounding is monotonic, are compared with the uniform's
-share of all.
+held in registers. Else every step of the bisection is a sweep over the row. The draw inverts the CDF in the order of
+the index, again by bisection: the weights up to an index, a sum whose rounding is monotonic, are compared with the
+uniform's share of all.
 
 No float64 but for the uniform itself: sums are trees of fp32.
 """
@@ -19,7 +19,16 @@ from torch import Tensor
 
 from deepalign.kernels.completion_loss.triton import MOST_SELECTED, TILE_LIMIT, check_per_row, check_rows
 from deepalign.kernels.launch import launch_of
-from deepalign.kernels.row_math import INFINITY, LOG2E, LOWEST_KEY, finite, float_of_key, lower_bound, midpoint, ordered_key
+from deepalign.kernels.row_math import (
+    INFINITY,
+    LOG2E,
+    LOWEST_KEY,
+    finite,
+    float_of_key,
+    lower_bound,
+    midpoint,
+    ordered_key,
+)
 from deepalign.kernels.row_select import collect, contrast
 
 BOUND_ROUNDS = tl.constexpr(8)
@@ -43,8 +52,8 @@ def contrastive_sample(
     check_per_row("uniforms", uniforms, aligned, torch.float64)
     if not (alpha >= 0 and temperature >= 0 and 0 <= top_k <= vocab_size and 0 < top_p <= 1 and 0 <= min_p <= 1):
         raise RuntimeError(
-            "deepalign: expected alpha, temperature >= 0, top_k in [0, vocab_size], top_p in (0, 1] and min_p in [0, 1], "
-            f"got {alpha}, {temperature}, {top_k}, {top_p}, {min_p}"
+            "deepalign: expected alpha and temperature >= 0, top_k in [0, vocab_size], top_p in (0, 1] and min_p in "
+            f"[0, 1], got {alpha}, {temperature}, {top_k}, {top_p}, {min_p}"
         )
     greedy, temperature = temperature == 0, min(max(temperature, 1e-37), 3e38)  # what fp32 has as normal numbers
     rows, device = aligned.shape[0], aligned.device
@@ -105,7 +114,8 @@ def _partitions(a_ptr, b_ptr, tiles, vocab, offset_a, offset_b, BLOCK: tl.conste
 
 @triton.jit
 def _threshold(a_ptr, b_ptr, tiles, vocab, BLOCK: tl.constexpr):
-    """Whether the row is bad, and lse(b) - lse(a). From the first entries, then, if that was no use, from the maxima."""
+    """Whether the row is bad, and lse(b) - lse(a). From the first entries, then, if that was no use, from the
+    maxima."""
     offset_a, offset_b = tl.load(a_ptr).to(tl.float32), tl.load(b_ptr).to(tl.float32)
     sum_a, sum_b, most_a, most_b, present, absent = _partitions(a_ptr, b_ptr, tiles, vocab, offset_a, offset_b, BLOCK)
     bad = (present == 0) | (present + absent < tiles * BLOCK)

@@ -3,9 +3,9 @@
 `base_favored_tokens` is the loss's kernel without its distillation: one pass for the partitions, the bound and the
 candidates, a second for the count.
 
-`position_divergence` takes one program per row and three sweeps: maxima, with what is absent or bad; partitions and both
-divergences; then the Jensen-Shannon divergence and the count. It serves diagnosis, where the models' forward passes cost
-a thousand times more, so it is plain: 12 bytes per bf16 entry, of which rows in cache save some.
+`position_divergence` takes one program per row and three sweeps: maxima, with what is absent or bad; partitions and
+both divergences; then the Jensen-Shannon divergence and the count. It serves diagnosis, where the models' forward
+passes cost a thousand times more, so it is plain: 12 bytes per bf16 entry, of which rows in cache save some.
 """
 
 import torch
@@ -28,7 +28,9 @@ def base_favored_tokens(aligned: Tensor, base: Tensor, top_k: int, vocab_size: i
     return favored(aligned, base, top_k, vocab_size, together=True)
 
 
-def favored(aligned: Tensor, base: Tensor, top_k: int, vocab_size: int, together: bool) -> tuple[Tensor, Tensor, Tensor]:
+def favored(
+    aligned: Tensor, base: Tensor, top_k: int, vocab_size: int, together: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     """Indices, differences, count; `together` as of `completion_loss_`."""
     ones = torch.ones(aligned.shape[0], device=aligned.device)
     options = Options(top_k, 1.0, 1.0, 0.0, 0.0, 0.0, False, False, False, vocab_size, distill=False)
@@ -57,11 +59,26 @@ def position_divergence(aligned: Tensor, base: Tensor, top_n: int, vocab_size: i
         top = torch.empty((2, rows, top_n), dtype=torch.int64, device=device)
     if rows:
         divergence_kernel[(rows,)](
-            aligned, base, *floats, *counts, index, value, top[0], top[1], aligned.stride(0), base.stride(0), vocab_size,
-            top_n, BLOCK=block, TILES=tiles, LANES=lanes, CAPACITY=capacity, LISTED=listed,
-            num_warps=launch.warps, enable_fp_fusion=True,
-        )  # fmt: skip
-    return (*floats, *counts)
+            aligned,
+            base,
+            *floats,
+            *counts,
+            index,
+            value,
+            top[0],
+            top[1],
+            aligned.stride(0),
+            base.stride(0),
+            vocab_size,
+            top_n,
+            BLOCK=block,
+            TILES=tiles,
+            LANES=lanes,
+            CAPACITY=capacity,
+            LISTED=listed,
+            num_warps=launch.warps,
+            enable_fp_fusion=True,
+        )  # fmt: skip return (*floats, *counts)
 
 
 def _largest(logits: Tensor, vocab_size: int, top_n: int) -> Tensor:

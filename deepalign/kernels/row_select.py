@@ -10,8 +10,8 @@ import triton.language as tl
 
 from deepalign.kernels.row_math import INFINITY, LOWEST_KEY, midpoint, ordered_key
 
-# What is ranked: the first tensor's entry, b - r, or the contrastive logit by difference of logits or of log-
-# probabilities.
+# What is ranked: the first tensor's entry, b - r, or the contrastive logit, by difference of logits or of
+# log-probabilities.
 ENTRY = tl.constexpr(0)
 DIFFERENCE = tl.constexpr(1)
 CONTRAST = tl.constexpr(2)

@@ -173,7 +173,8 @@ def run_rows(
             aligned, base, g, kl_weight, completion_weight, given, listed, words, index, value, found, counts,
             per_row[4], *output, aligned.stride(0), base.stride(0), stride_g, options.vocab_size, k, mix, scale,
             options.temperature, options.alpha_base, options.gamma, options.lambda_reg, STATISTICS=statistics, FIX=fix,
-            DISTINCT=distinct, num_warps=1, **flags, )  # fmt: skip
+            DISTINCT=distinct, num_warps=1, **flags,
+        )  # fmt: skip
 
     emits = gradient is not None
     if emits and options.centered_square:

@@ -89,7 +89,8 @@ def select_kernel(
     raise_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, out_count_ptr, out_index_ptr, out_difference_ptr, stride_a,
     stride_b, stride_g, vocab, K, mix, scale, tau, alpha_base, gamma, lambda_reg, STATISTICS: tl.constexpr, FIX:
     tl.constexpr, S: tl.constexpr, CAPACITY: tl.constexpr, DISTILL: tl.constexpr, TEACHER_STUDENT: tl.constexpr,
-    FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr, DISTINCT: tl.constexpr, ):  # fmt: skip
+    FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr, DISTINCT: tl.constexpr,
+):  # fmt: skip
     """One program per row, after all of `rows_kernel`: STATISTICS writes everything per row, FIX the gradient at M."""
     row = tl.program_id(0).to(tl.int64)
     wd, wc = tl.load(wd_ptr + row), tl.load(wc_ptr + row)

@@ -78,7 +78,8 @@ def position_divergence(aligned: Tensor, base: Tensor, top_n: int, vocab_size: i
             LISTED=listed,
             num_warps=launch.warps,
             enable_fp_fusion=True,
-        )  # fmt: skip return (*floats, *counts)
+        )  # fmt: skip
+    return (*floats.unbind(), *counts.unbind())
 
 
 def _largest(logits: Tensor, vocab_size: int, top_n: int) -> Tensor:

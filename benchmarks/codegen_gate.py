@@ -170,7 +170,6 @@ def _main_loops(made: Machine, width: int) -> dict[str, Any]:
                 f"{key}_unpacked": sum(
                     number for kind, number in loop.kinds.items() if kind.startswith("F2F") and "PACK_AB" not in kind
                 ),
-                - loop.count("F2FP.BF16.F32.PACK_AB", "F2FP.F16.F32.PACK_AB"),
             }
     return found
 

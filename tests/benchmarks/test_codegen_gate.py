@@ -47,6 +47,12 @@ def test_a_main_loop_that_lost_its_wide_loads_fails() -> None:
 
 
 def test_loops_are_read_from_the_code() -> None:
-    lines = [(0, "MOV R1, R2"), (16, "LDG.E.128 R4, [R2]"), (32, "@!P0 FADD R1, R1, R4"), (48, "@P0 BRA 0x10"), (64, "EXIT")]
+    lines = [
+        (0, "MOV R1, R2"),
+        (16, "LDG.E.128 R4, [R2]"),
+        (32, "@!P0 FADD R1, R1, R4"),
+        (48, "@P0 BRA 0x10"),
+        (64, "EXIT"),
+    ]
     (loop,) = codegen._loops(lines)
     assert (loop.instructions, loop.count("LDG.E.128"), loop.count("FADD")) == (3, 1, 1)

@@ -235,7 +235,8 @@ def _plan(
     align, lead = alignment(tensors, vocab)
     block = launch.block * 2 // tensors[0].element_size()
     split = split_of_rows(launch, rows, vocab, block)
-    together = together and not options.centered_square
+    # The second-level caches of an AMD device's dies do not see each other's plain stores within a launch.
+    together = together and not options.centered_square and torch.version.hip is None
     while True:
         bound_k = -(-k // split) if together else k
         tiles = triton.next_power_of_2(-(-(vocab + 7) // (block * split)))

@@ -12,14 +12,17 @@ BENCH_FLAGS ?=
 # Instruction sets under which the native kernels are tested, where the processor has them.
 ISAS ?= avx512 avx2 portable
 
-.PHONY: help install demo test test-isas check bench sanitize gpu clean
+.PHONY: help install demo test test-isas check bench sanitize clean
+.PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
-	@echo "make test      the test suite (CPU), the native kernels under every instruction set"
+	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     benchmarks (CPU); results, table and plot in benchmarks/results/"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
-	@echo "make gpu       tests and benchmarks that need a GPU; results in benchmarks/results/"
+	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
+	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler and gpu-rest,"
+	@echo "               minutes each; results in benchmarks/results/"
 
 install: $(READY) $(NATIVE)
 
@@ -46,6 +49,7 @@ test: $(READY) $(NATIVE)
 	@echo "== tests"
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	@$(MAKE) --no-print-directory test-isas
+	@$(MAKE) --no-print-directory triton
 
 # What runs the native kernels, under the instruction sets that the run above did not take.
 test-isas: $(NATIVE)
@@ -70,6 +74,21 @@ sanitize: $(READY)
 		$(BIN)/python -m pytest -o pythonpath="build/sanitized/lib ." tests/kernels $(NATIVE_TESTS) $(PYTEST_FLAGS) || exit 1; \
 	done
 
+# Triton decides at its first import whether it interprets, hence processes of their own.
+triton: $(READY)
+	@echo "== Triton kernels: interpreted, and compiled for sm_80, sm_90, sm_100 and gfx942"
+	@$(MAKE) --no-print-directory -j2 interpret-loss interpret-rest
+	@$(MAKE) --no-print-directory codegen
+
+interpret-loss: $(READY)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton/test_completion_loss.py $(PYTEST_FLAGS)
+
+interpret-rest: $(READY)
+	OMP_NUM_THREADS=1 TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/triton --ignore tests/triton/test_completion_loss.py $(PYTEST_FLAGS)
+
+codegen: $(READY)
+	$(BIN)/python -m benchmarks.codegen_gate
+
 check: $(READY)
 	@echo "== ruff and mypy"
 	$(BIN)/ruff check .
@@ -81,10 +100,25 @@ bench: $(READY) $(NATIVE)
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json
 
-gpu: $(READY)
-	@echo "== tests and benchmarks that need a GPU; results in benchmarks/results/"
-	@mkdir -p benchmarks/results
+gpu: gpu-check gpu-loss gpu-sampler gpu-rest
+
+gpu-check: $(READY)
+	@echo "== tests that need a GPU"
 	$(BIN)/python -m pytest tests -m gpu $(PYTEST_FLAGS)
+
+gpu-loss: $(READY)
+	@echo "== the loss on a GPU, a process per shape"
+	$(BIN)/python -m benchmarks.gpu loss --shapes 0 --out benchmarks/results/gpu-loss-8192x128256.json
+	$(BIN)/python -m benchmarks.gpu loss --shapes 1 --out benchmarks/results/gpu-loss-4096x151936.json
+	$(BIN)/python -m benchmarks.gpu loss --shapes 2 --out benchmarks/results/gpu-loss-16384x32000.json
+
+gpu-sampler: $(READY)
+	@echo "== the sampler on a GPU, in CUDA graphs"
+	$(BIN)/python -m benchmarks.gpu sampler --out benchmarks/results/gpu-sampler.json
+
+gpu-rest: $(READY)
+	@echo "== the other benchmarks that need a GPU"
+	@mkdir -p benchmarks/results
 	$(BIN)/python -m pytest benchmarks -m gpu --benchmark-enable --benchmark-json benchmarks/results/gpu.json $(PYTEST_FLAGS)
 
 clean:

@@ -1,12 +1,16 @@
 """The ops of namespace `deepalign`, as `torch.library` knows them.
 
 Schemas, fake kernels and autograd are written in Python, one `op.py` per operation; the kernels of each device join
-under the op's name: the CPU's are compiled (`csrc/`) and register themselves when the extension is loaded here.
+under the op's name: the CPU's are compiled (`csrc/`) and register themselves when the extension is loaded here, the
+GPU's are Triton's (`*/triton.py`) and imported when the first call needs them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +38,21 @@ def _load_native() -> str | None:
 LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("has_gemm_bf16() -> bool")
 WHY_NO_NATIVE = _load_native()
+
+WHY_NO_TRITON = None if find_spec("triton") else "triton is not installed (pip install 'deepalign[triton]')"
+
+
+def implement_on_gpu(operation: str, *names: str) -> None:
+    """Register functions of `deepalign.kernels.<operation>.triton` as the GPU kernels of the ops of the same names."""
+    for name in names:
+        LIBRARY.impl(name, _imported_when_called(f"deepalign.kernels.{operation}.triton", name), "CUDA")
+
+
+def _imported_when_called(module: str, name: str) -> Callable[..., Any]:
+    def call(*arguments: Any) -> Any:
+        return getattr(import_module(module), name)(*arguments)
+
+    return call
 
 
 def cpu_isa() -> str | None:

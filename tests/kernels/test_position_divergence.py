@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import COMPILED_DTYPES
+from deepalign.kernels.checks import COMPILED_DTYPES, COMPILED_FOR
 from deepalign.kernels.position_divergence import (
     IMPLEMENTATIONS,
     PositionDivergence,
@@ -22,7 +22,12 @@ from tests.kernels.oracle import (
 )
 from tests.kernels.samples import DTYPES, SIZES, three_models
 
-RUNNABLE = [name for name, found in IMPLEMENTATIONS.items() if not isinstance(found, str)]
+# Those that run on the CPU's tensors.
+RUNNABLE = [
+    name
+    for name, found in IMPLEMENTATIONS.items()
+    if not isinstance(found, str) and COMPILED_FOR.get(name, "cpu") == "cpu"
+]
 each_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 NAN, INF = math.nan, math.inf
 

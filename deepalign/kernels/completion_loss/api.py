@@ -18,7 +18,7 @@ from deepalign.kernels.completion_loss import cpu
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.completion_loss.inplace import RowsAndGradient, completion_loss_rows_inplace
 from deepalign.kernels.completion_loss.reference import completion_loss_rows, completion_loss_rows_and_gradient
-from deepalign.kernels.library import WHY_NO_NATIVE
+from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 
 Reduction = Literal["mean", "sum", "none"]
 PAPER_CONFIG = CompletionLossConfig()  # frozen, so one instance serves every call
@@ -35,7 +35,8 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "reference": Implementation(completion_loss_rows, completion_loss_rows_and_gradient),
     "cpu": WHY_NO_NATIVE or Implementation(cpu.completion_loss_rows, cpu.completion_loss_rows_and_gradient),
-    "triton": "this version of deepalign has no Triton kernels",
+    # The same functions: the ops they call have a kernel per device.
+    "triton": WHY_NO_TRITON or Implementation(cpu.completion_loss_rows, cpu.completion_loss_rows_and_gradient),
 }
 
 

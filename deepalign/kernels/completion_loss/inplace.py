@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
@@ -17,7 +18,9 @@ from deepalign.kernels.completion_loss.config import CompletionLossInputs, Compl
 RowsAndGradient = Callable[[Tensor, CompletionLossInputs, Tensor], CompletionLossOutput]
 
 
-@torch.compiler.disable(reason="it writes to its input behind autograd's back")
+# It writes to its input behind autograd's back. Not `torch.compiler.disable`, which imports the whole compiler, and
+# Triton with it, for seconds, as soon as this file is imported; this imports it when the function is called.
+@_disable_dynamo
 def completion_loss_rows_inplace(
     rows_and_gradient: RowsAndGradient, student_NV: Tensor, inputs: CompletionLossInputs
 ) -> CompletionLossOutput:

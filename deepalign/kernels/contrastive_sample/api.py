@@ -21,7 +21,7 @@ from deepalign.kernels.contrastive_sample.reference import (
     Space,
     contrastive_sample_rows,
 )
-from deepalign.kernels.library import WHY_NO_NATIVE
+from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 
 # What a file beside this one provides: (aligned_NV, base_NV, uniforms_N in float64, options) -> one token per row.
 Implementation = Callable[[Tensor, Tensor, Tensor, SampleOptions], ContrastiveSample]
@@ -30,7 +30,8 @@ Implementation = Callable[[Tensor, Tensor, Tensor, SampleOptions], ContrastiveSa
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "reference": contrastive_sample_rows,
     "cpu": WHY_NO_NATIVE or cpu.contrastive_sample_rows,
-    "triton": "this version of deepalign has no Triton kernels",
+    # The same functions: the ops they call have a kernel per device.
+    "triton": WHY_NO_TRITON or cpu.contrastive_sample_rows,
 }
 
 

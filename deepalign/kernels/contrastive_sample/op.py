@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from deepalign.kernels.contrastive_sample.reference import SampleOptions
-from deepalign.kernels.library import LIBRARY
+from deepalign.kernels.library import LIBRARY, implement_on_gpu
 
 LIBRARY.define(
     "contrastive_sample(Tensor aligned, Tensor base, Tensor uniforms, float alpha, float temperature, int top_k, "
     "float top_p, float min_p, bool log_space, SymInt vocab_size) -> (Tensor token_ids, Tensor logprobs)"
 )
+implement_on_gpu("contrastive_sample", "contrastive_sample")
 
 
 def op_arguments(options: SampleOptions) -> tuple[Any, ...]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from deepalign.kernels.checks import check_logits, check_top, choose_implementation
-from deepalign.kernels.library import WHY_NO_NATIVE
+from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 from deepalign.kernels.position_divergence import cpu
 from deepalign.kernels.position_divergence.reference import (
     BaseFavoredTokens,
@@ -27,7 +27,8 @@ class Implementation(NamedTuple):
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "reference": Implementation(position_divergence_rows, base_favored_tokens_rows),
     "cpu": WHY_NO_NATIVE or Implementation(cpu.position_divergence_rows, cpu.base_favored_tokens_rows),
-    "triton": "this version of deepalign has no Triton kernels",
+    # The same functions: the ops they call have a kernel per device.
+    "triton": WHY_NO_TRITON or Implementation(cpu.position_divergence_rows, cpu.base_favored_tokens_rows),
 }
 
 

@@ -6,7 +6,7 @@ They have no gradient.
 import torch
 from torch import Tensor
 
-from deepalign.kernels.library import LIBRARY
+from deepalign.kernels.library import LIBRARY, implement_on_gpu
 
 LIBRARY.define(
     "position_divergence(Tensor aligned, Tensor base, int top_n, SymInt vocab_size) -> (Tensor kl, Tensor reverse_kl, "
@@ -16,6 +16,7 @@ LIBRARY.define(
     "base_favored_tokens(Tensor aligned, Tensor base, int top_k, SymInt vocab_size) -> (Tensor indices, "
     "Tensor differences, Tensor count)"
 )
+implement_on_gpu("position_divergence", "position_divergence", "base_favored_tokens")
 
 
 @torch.library.register_fake("deepalign::position_divergence", lib=LIBRARY)

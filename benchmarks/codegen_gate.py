@@ -1,0 +1,240 @@
+"""A gate on what the Triton kernels compile to: `python -m benchmarks.codegen_gate [--accept]`.
+
+Every kernel is compiled here, without a GPU, for each architecture with its default options, and for sm_90 with all
+others. The gate fails where a default kernel spills, where a main loop has narrow loads or stores or unpacked
+conversions, and where registers or the instructions of a main loop exceed what `codegen_gate.json` accepts. `--accept`
+writes that file anew: its difference says what a change costs.
+"""
+
+import argparse
+import json
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from benchmarks.codegen import TARGETS, Machine, compiled, machine
+
+ACCEPTED = Path(__file__).parent / "codegen_gate.json"
+LOSS_TENSORS = ("s_ptr", "a_ptr", "b_ptr", "g_ptr")
+REGISTER_SLACK, SLOT_SLACK = 8, 0.25  # what another patch release of the compiler may change
+# Constants of the loss's kernel by default: 16-bit rows of 128256 entries, 4 programs each, k = 100.
+LOSS = {
+    "FIRST": True, "SECOND": True, "S": 4, "BLOCK": 2048, "TILES": 16, "LANES": 64, "CAPACITY": 128, "ALIGN": 1,
+    "DISTILL": True, "GRADIENT": True, "TEACHER_STUDENT": False, "FROM_STUDENT": False, "CENTERED": False,
+    "GIVEN": False,
+}  # fmt: skip
+LOSS_OPTIONS: dict[str, dict[str, Any]] = {
+    "odd rows": {"ALIGN": 2},
+    "rows anywhere": {"ALIGN": 0},
+    "float16": {"dtype": "fp16"},
+    "float32": {"dtype": "fp32", "BLOCK": 1024, "TILES": 32},
+    "forward only": {"GRADIENT": False},
+    "teacher_student": {"TEACHER_STUDENT": True},
+    "favored from student": {"FROM_STUDENT": True},
+    "given": {"GIVEN": True, "CAPACITY": 25},
+    "centered, pass 1": {"CENTERED": True, "SECOND": False, "GRADIENT": False, "LANES": 256, "CAPACITY": 256},
+    "centered, pass 2": {"CENTERED": True, "FIRST": False},
+    "base favored tokens": {"DISTILL": False, "GRADIENT": False},
+}
+
+
+def cases() -> list[tuple[str, str]]:
+    """(target, name of the kernel and its options)."""
+    by_default = [
+        (target, name) for target in TARGETS for name in ("loss", "loss, end of a row", "divergence", "sampler")
+    ]
+    others = [("sm_90", f"loss, {option}") for option in LOSS_OPTIONS]
+    return [*by_default, *others, ("sm_90", "sampler, top_p alone"), ("sm_90", "sampler, greedy")]
+
+
+def binary_of(target: str, name: str) -> Any:
+    """Compile one case."""
+    warps = 4 if target == "gfx942" else 8
+    if name == "loss, end of a row":
+        return _end_of_a_row(target)
+    if name.startswith("loss"):
+        changes = dict(LOSS_OPTIONS.get(name.removeprefix("loss, "), {}))
+        dtype = changes.pop("dtype", "bf16")
+        return _loss(target, dtype, {**LOSS, **changes}, warps)
+    if name == "divergence":
+        return _divergence(target, warps)
+    return _sampler(target, name, warps)
+
+
+def _loss(target: str, dtype: str, constants: dict[str, Any], warps: int) -> Any:
+    from deepalign.kernels.completion_loss.triton_rows import rows_kernel
+
+    whole = ":16" if constants["ALIGN"] == 1 else ""
+    types = dict.fromkeys(LOSS_TENSORS, f"*{dtype}:16")
+    types |= dict.fromkeys(("wd_ptr", "wc_ptr", "value_ptr", "raise_ptr"), "*fp32:16")
+    types |= {"given_ptr": "*i64:16", "words_ptr": "*i64:16", "ticket_ptr": "*i64"}
+    types |= dict.fromkeys(("index_ptr", "found_ptr", "count_ptr"), "*i32:16")
+    types |= dict.fromkeys(("stride_s", "stride_a", "stride_b", "stride_g", "lead", "vocab", "width"), f"i32{whole}")
+    types |= {"k": "i32", "K": "i32", "mix": "fp32", "scale": "fp32", "tau": "fp32"}
+    return compiled(rows_kernel, types, constants, target, num_warps=warps, enable_fp_fusion=True)
+
+
+def _end_of_a_row(target: str) -> Any:
+    from deepalign.kernels.completion_loss.triton_select import select_kernel
+
+    flags = ("STATISTICS", "FIX", "S", "CAPACITY", "DISTILL", "TEACHER_STUDENT", "FROM_STUDENT", "CENTERED", "GIVEN")
+    constants = dict(zip((*flags, "DISTINCT"), (True, True, 4, 128, True, *[False] * 5), strict=True))
+    types = {name: _kind(name) for name in select_kernel.arg_names if name not in constants}
+    return compiled(select_kernel, types, constants, target, num_warps=1, enable_fp_fusion=True)
+
+
+def _divergence(target: str, warps: int) -> Any:
+    from deepalign.kernels.position_divergence.triton import divergence_kernel
+
+    constants = {"BLOCK": 2048, "TILES": 64, "LANES": 64, "CAPACITY": 128, "LISTED": False}
+    types = {name: _kind(name) for name in divergence_kernel.arg_names if name not in constants}
+    return compiled(divergence_kernel, types, constants, target, num_warps=warps, enable_fp_fusion=True)
+
+
+def _sampler(target: str, name: str, warps: int) -> Any:
+    from deepalign.kernels.contrastive_sample.triton import sample_kernel
+
+    constants = {
+        "KIND": 2, "FEW": name == "sampler", "GREEDY": "greedy" in name, "TOP_K": name == "sampler", "TOP_P": True,
+        "BLOCK": 4096, "TILES": 32, "LANES": 128, "CAPACITY": 128,
+    }  # fmt: skip
+    types = {argument: _kind(argument) for argument in sample_kernel.arg_names if argument not in constants}
+    return compiled(sample_kernel, types, constants, target, num_warps=warps, enable_fp_fusion=True)
+
+
+def _kind(name: str) -> str:
+    """The type of an argument of the smaller kernels, which name theirs alike."""
+    if name in ("a_ptr", "b_ptr", "g_ptr"):
+        return "*bf16:16"
+    if name in ("index_ptr", "found_ptr"):
+        return "*i32:16"
+    if name == "count_ptr":
+        return "*i32:16"
+    if name in ("given_ptr", "listed_ptr", "words_ptr", "out_count_ptr", "out_index_ptr", "token_ptr", "in_top_ptr"):
+        return "*i64:16"
+    if name in ("a_top_ptr", "b_top_ptr"):
+        return "*i64:16"
+    if name == "uniforms_ptr":
+        return "*fp64:16"
+    if name.endswith("_ptr"):
+        return "*fp32:16"
+    if name.startswith("stride") or name == "vocab":
+        return "i32:16"
+    return "i32" if name in ("K", "n", "top_k") else "fp32"
+
+
+def facts(case: tuple[str, str]) -> dict[str, Any]:
+    """What the gate knows of a case."""
+    target, name = case
+    binary = binary_of(target, name)
+    found: dict[str, Any] = {"target": target, "kernel": name}
+    if target == "gfx942":
+        return found | _amd_facts(binary.asm["amdgcn"])
+    made = machine(binary)
+    found |= {"registers": made.registers, "spill_bytes": made.stack, "instructions": made.whole.instructions}
+    width = 4 if name.endswith("float32") else 8  # entries of a 16-byte access
+    return found | (_main_loops(made, width) if name.startswith("loss") and name != "loss, end of a row" else {})
+
+
+def _amd_facts(assembly: str) -> dict[str, Any]:
+    def number(key: str) -> int:
+        match = re.search(rf"\.{key}:\s+(\d+)", assembly)
+        assert match, f"no {key} in the assembly"
+        return int(match[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spill_bytes": number("private_segment_fixed_size"),
+        "vector_spills": number("vgpr_spill_count"),
+        "wide_loads": len(re.findall("global_load_dwordx4", assembly)),
+        "wide_stores": len(re.findall("global_store_dwordx4", assembly)),
+        "instructions": len(re.findall(r"^\t[a-z]", assembly, re.MULTILINE)),
+    }
+
+
+def _main_loops(made: Machine, width: int) -> dict[str, Any]:
+    """The loop with the most exponentials per load is pass 1, the cheapest with a store of 16 bytes pass 2."""
+    wide = [loop for loop in made.loops if loop.count("LDG.E.128") >= 2]
+    entries = lambda loop: width * loop.count("LDG.E.128") / 3  # noqa: E731  (three tensors)
+    first = [loop for loop in wide if loop.count("MUFU.EX2") >= 2 * entries(loop) and not loop.count("FSEL", "STG")]
+    second = [loop for loop in wide if loop.count("STG.E.128") and not loop.count("FSEL", "SEL", "STG.E.U16")]
+    found: dict[str, Any] = {}
+    for key, loops in (("pass_1", first), ("pass_2", second)):
+        if loops:
+            loop = min(loops, key=lambda loop: loop.instructions)
+            found |= {
+                f"{key}_slots": round(loop.instructions / entries(loop), 2),
+                f"{key}_narrow": loop.count("LDG", "STG", "LDL", "STL") - loop.count("LDG.E.128", "STG.E.128"),
+                f"{key}_unpacked": sum(
+                    number for kind, number in loop.kinds.items() if kind.startswith("F2F") and "PACK_AB" not in kind
+                ),
+            }
+    return found
+
+
+def complaints(found: dict[str, Any], accepted: dict[str, Any] | None) -> list[str]:
+    """What is wrong with a case."""
+    name = f"{found['target']} {found['kernel']}"
+    if accepted is None:
+        return [f"{name}: not in {ACCEPTED.name}; look at it and run with --accept"]
+    wrong = []
+    if found["spill_bytes"] > accepted["spill_bytes"]:
+        wrong.append(f"{name}: {found['spill_bytes']} bytes of local memory, accepted {accepted['spill_bytes']}")
+    if found["kernel"] == "loss" and (found["spill_bytes"] or found.get("vector_spills")):
+        wrong.append(f"{name}: spills, and the default loss must not")
+    if found["registers"] > accepted["registers"] + REGISTER_SLACK:
+        wrong.append(f"{name}: {found['registers']} registers, accepted {accepted['registers']}")
+    for key in ("wide_loads", "wide_stores"):
+        if found.get(key, 0) < accepted.get(key, 0):
+            wrong.append(f"{name}: {found[key]} {key.replace('_', ' ')} of 16 bytes, accepted {accepted[key]}")
+    for key in ("pass_1", "pass_2"):
+        if f"{key}_slots" in accepted:
+            if f"{key}_slots" not in found:
+                wrong.append(f"{name}: the main loop of {key} has no 16-byte loads any more")
+                continue
+            if found[f"{key}_slots"] > accepted[f"{key}_slots"] + SLOT_SLACK:
+                wrong.append(
+                    f"{name}: {found[f'{key}_slots']} slots per entry in {key}, accepted {accepted[f'{key}_slots']}"
+                )
+            for what in ("narrow", "unpacked"):
+                if found[f"{key}_{what}"]:
+                    wrong.append(f"{name}: {found[f'{key}_{what}']} {what} instructions in {key}")
+    return wrong
+
+
+def table(every: list[dict[str, Any]]) -> str:
+    """The facts, one case a line."""
+    lines = [f"{'target':8}{'kernel':30}{'regs':>5}{'spill':>6}{'code':>6}{'pass 1':>8}{'pass 2':>8}"]
+    for found in every:
+        slots = (f"{found[key]:.2f}" if key in found else "" for key in ("pass_1_slots", "pass_2_slots"))
+        lines.append(
+            f"{found['target']:8}{found['kernel']:30}{found['registers']:5}{found['spill_bytes']:6}"
+            f"{found['instructions']:6}{next(slots):>8}{next(slots):>8}"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Compile all, print the table, compare; 1 if anything got worse."""
+    parser = argparse.ArgumentParser(
+        description="compile the Triton kernels without a GPU and compare with what is accepted"
+    )
+    parser.add_argument("--accept", action="store_true", help=f"write {ACCEPTED.name} anew")
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    with ProcessPoolExecutor(options.processes) as pool:
+        every = list(pool.map(facts, cases()))
+    print(table(every))
+    if options.accept:
+        ACCEPTED.write_text(json.dumps(every, indent=1) + "\n")
+        return 0
+    accepted = {(case["target"], case["kernel"]): case for case in json.loads(ACCEPTED.read_text())}
+    wrong = [line for found in every for line in complaints(found, accepted.get((found["target"], found["kernel"])))]
+    print("\n".join(wrong) or f"all {len(every)} as accepted")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""Times the Triton kernels on a GPU: `python -m benchmarks.gpu loss|sampler --out benchmarks/results/gpu-loss.json`.
+
+Every figure stands beside the copy bandwidth measured in the same run. Contestants take turns, a round after the other,
+and a time is the median over rounds between two events on the stream. The peers are those of `peers.py`, and, where
+installed, Liger's KL and JSD, the nearest relatives: they read two models instead of three, select and count nothing,
+and get log-probabilities ready made where they want them.
+
+`--device cpu --tiny` runs everything end to end without a GPU, on whatever implementation serves there: a test of the
+script, not a measurement.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cases import Case
+from benchmarks.contestants import LossContestants, SamplerContestants
+from benchmarks.environment import machine
+from benchmarks.interleaved import Contestant
+from benchmarks.peers import compiled_statically, loss_peers, sample_eager
+
+LOSS_SHAPES = ((8192, 128256), (4096, 151936), (16384, 32000))
+SAMPLER_BATCHES = (1, 8, 64, 512)
+SAMPLER_OPTIONS = ({"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {}, {"top_p": 0.9})
+GRAPH_CALLS = 20
+
+
+class Clock:
+    """Milliseconds on the device's stream, or on the wall where there is none."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+
+    def time(self, call: Callable[[], object]) -> float:
+        if not self.on_gpu:
+            start = time.perf_counter()
+            call()
+            return (time.perf_counter() - start) * 1e3
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def take_turns(contestants: dict[str, Contestant], clock: Clock, rounds: int) -> dict[str, dict[str, float]]:
+    """Median, least and largest time of each in ms; two rounds before are not counted."""
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(rounds + 2):
+        for name, contestant in contestants.items():
+            contestant.prepare()
+            elapsed = clock.time(contestant.call)
+            if turn >= 2:
+                times[name].append(elapsed)
+    return {name: {"ms": statistics.median(t), "least_ms": min(t), "most_ms": max(t)} for name, t in times.items()}
+
+
+def copy_gb_per_s(device: str, mib: int, rounds: int) -> float:
+    """Bytes read and written per second by a copy larger than the caches."""
+    source = torch.zeros(mib << 18, device=device)
+    target = torch.empty_like(source)
+    clock = Clock(device)
+    times = [clock.time(lambda: target.copy_(source)) for _ in range(rounds)]
+    return 2 * source.nbytes / statistics.median(times) / 1e6
+
+
+def liger_losses(contestants: LossContestants) -> dict[str, Contestant]:
+    """Liger's KL and JSD of student and aligned; nothing if it is not installed."""
+    if not find_spec("liger_kernel"):
+        return {}
+    from liger_kernel.transformers.jsd import LigerJSD
+    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
+
+    log_p = contestants.student.float().log_softmax(-1).to(contestants.student.dtype).requires_grad_()
+    log_q = contestants.aligned.float().log_softmax(-1).to(contestants.student.dtype)
+    losses = {"liger_kl": LigerKLDIVLoss(reduction="batchmean", log_target=True), "liger_jsd": LigerJSD()}
+
+    def forget() -> None:
+        log_p.grad = None
+
+    return {
+        f"{name} (does less)": Contestant(lambda loss=loss: loss(log_p, log_q).backward(), forget)
+        for name, loss in losses.items()
+    }
+
+
+def other_upstream(contestants: LossContestants, implementation: str) -> Contestant:
+    """Forward and backward with upstream gradient 2 instead of 1."""
+    from deepalign import fused_completion_loss
+
+    leaf = contestants.student.detach().requires_grad_()
+    kl_weight, completion_weight = contestants.weights
+
+    def forget() -> None:
+        leaf.grad = None
+
+    def call() -> None:
+        output = fused_completion_loss(
+            leaf, contestants.aligned, contestants.base, kl_weight=kl_weight, completion_weight=completion_weight,
+            reduction="sum", implementation=implementation,
+        )  # fmt: skip
+        (2.0 * output.loss).backward()
+
+    return Contestant(call, forget)
+
+
+def loss_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """One row per shape, mode and contestant."""
+    implementation = "triton" if options.device == "cuda" else "reference"
+    shapes = [(4, 512)] if options.tiny else [LOSS_SHAPES[n] for n in options.shapes]
+    copy = copy_gb_per_s(options.device, 1 if options.tiny else 1024, 3 if options.tiny else 20)
+    rows = []
+    for count, vocab in shapes:
+        made = LossContestants(Case(count, vocab, device=options.device))
+        for mode, tensors in (("forward_backward", 4), ("forward", 3), ("forward_backward_inplace", 4)):
+            entered = {implementation: made.library(implementation, mode)}
+            if mode == "forward_backward":
+                entered["upstream 2"] = other_upstream(made, implementation)
+                entered |= liger_losses(made)
+            if mode != "forward_backward_inplace":
+                peers = {name: loss for name, loss in loss_peers().items() if name in options.peers}
+                entered |= {name: made.peer(loss, mode) for name, loss in peers.items()}
+            useful = tensors * count * vocab * 2
+            for name, times in take_turns(entered, Clock(options.device), options.rounds).items():
+                gb_per_s = useful / times["ms"] / 1e6
+                row = {
+                    "operation": "completion_loss",
+                    "shape": [count, vocab],
+                    "mode": mode,
+                    "contestant": name,
+                    **times,
+                }
+                rows.append(
+                    row | {"useful_gb_per_s": gb_per_s, "share_of_copy": gb_per_s / copy, "copy_gb_per_s": copy}
+                )
+            torch._dynamo.reset()
+    return rows
+
+
+def captured(call: Callable[[], object], device: str) -> tuple[Callable[[], object], int]:
+    """The call many times in a CUDA graph, and how many; the call itself without a GPU."""
+    if device != "cuda":
+        return call, 1
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            call()
+    return graph.replay, GRAPH_CALLS
+
+
+def sampler_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Microseconds per call in a CUDA graph, where the call can be captured."""
+    from deepalign import contrastive_sample
+
+    implementation = "triton" if options.device == "cuda" else "reference"
+    vocab, batches = (512, (1, 2)) if options.tiny else (128256, SAMPLER_BATCHES)
+    rows = []
+    for batch in batches:
+        for chosen in SAMPLER_OPTIONS:
+            made = SamplerContestants(Case(batch, vocab, device=options.device), alpha=0.5, **chosen)
+            arguments = {**made.options, "uniforms": made.uniforms.double()}
+            calls: dict[str, Callable[[], object]] = {
+                implementation: lambda m=made, a=arguments: contrastive_sample(
+                    m.aligned, m.base, implementation=implementation, **a
+                )
+            }
+            if "eager" in options.peers:
+                peer = torch.no_grad()(sample_eager)
+                calls["eager"] = lambda m=made, p=peer: p(m.aligned, m.base, m.uniforms, **m.options)
+            if "compile" in options.peers:
+                fast = torch.no_grad()(compiled_statically(sample_eager))
+                calls["compile"] = lambda m=made, p=fast: p(m.aligned, m.base, m.uniforms, **m.options)
+            for call in calls.values():
+                call()  # compiles
+            graphs = {name: captured(call, options.device) for name, call in calls.items()}
+            entered = {name: Contestant(call) for name, (call, _) in graphs.items()}
+            for name, times in take_turns(entered, Clock(options.device), options.rounds).items():
+                us = 1e3 * times["ms"] / graphs[name][1]
+                row = {
+                    "operation": "contrastive_sample",
+                    "shape": [batch, vocab],
+                    "options": chosen,
+                    "contestant": name,
+                }
+                rows.append(row | {"us": us})
+            torch._dynamo.reset()
+    return rows
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print a line per row, save."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=("loss", "sampler"))
+    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a test of the script, on any device")
+    parser.add_argument("--shapes", type=int, nargs="+", default=[0, 1, 2], help=f"which of {LOSS_SHAPES}")
+    parser.add_argument("--peers", nargs="*", default=["eager", "compile"])
+    parser.add_argument("--rounds", type=int, default=30)
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("error: no GPU here; --device cpu --tiny tests the script", file=sys.stderr)
+        return 2
+    rows = loss_rows(options) if options.what == "loss" else sampler_rows(options)
+    device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    result = {"device": device, "tiny": options.tiny, "machine": machine(), "rows": rows}
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    for row in rows:
+        figures = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
+        print(row["shape"], row.get("mode", row.get("options")), row["contestant"], figures)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,194 @@
+"""The kernel that ends a row: M from the candidates, the row's statistics, and the gradient at M."""
+
+import triton
+import triton.language as tl
+
+from deepalign.kernels.completion_loss.triton_math import (
+    TOTAL,
+    WORDS,
+    careful_gradient,
+    divergence_facts,
+    read_words,
+    row_facts,
+)
+from deepalign.kernels.row_math import LOWEST_KEY, finite, ordered_key
+
+CHUNK = tl.constexpr(32)
+
+
+@triton.jit
+def _listed(
+    s_ptr, r_ptr, b_ptr, given_ptr, index_ptr, value_ptr, first, end, vocab, FROM_STUDENT: tl.constexpr,
+    GIVEN: tl.constexpr,
+):  # fmt: skip
+    """Places [first, first + CHUNK) of a list: index, s, d's key, d; key LOWEST_KEY where nothing is listed."""
+    at = first + tl.arange(0, CHUNK)
+    if GIVEN:
+        index = tl.load(given_ptr + at, mask=at < end, other=-1)
+    else:
+        index = tl.load(index_ptr + at, mask=at < end, other=-1).to(tl.int64)
+    listed = (index >= 0) & (index < vocab)
+    index = tl.where(listed, index, 0)
+    s = tl.load(value_ptr + at, mask=listed, other=0.0)
+    b = tl.load(b_ptr + index, mask=listed, other=0.0).to(tl.float32)
+    if FROM_STUDENT:
+        d = b - s
+    else:
+        d = b - tl.load(r_ptr + index, mask=listed, other=0.0).to(tl.float32)
+    if GIVEN:
+        # Whatever d is, an entry that exists and is finite counts; its key is never compared.
+        key = tl.where(listed & finite(s) & finite(d), 0, LOWEST_KEY)
+    else:
+        key = tl.where(listed, ordered_key(d), LOWEST_KEY)
+    return index, s, key, d
+
+
+@triton.jit
+def _rank(
+    at, index, key, a_ptr, b_ptr, given_ptr, index_ptr, value_ptr, found_ptr, K, vocab,
+    LISTS: tl.constexpr, CAPACITY: tl.constexpr, FROM_STUDENT: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """How many listed entries come before these: larger d, or the same and a lower index. Given: equal ones before."""
+    rank = tl.zeros([CHUNK], tl.int32)
+    for other in range(0, LISTS):
+        end = K if GIVEN else tl.load(found_ptr + other)
+        for first in range(0, end, CHUNK):
+            index_2, _, key_2, _ = _listed(
+                a_ptr, a_ptr, b_ptr, given_ptr, index_ptr + other * CAPACITY, value_ptr + other * CAPACITY,
+                first, end, vocab, FROM_STUDENT, GIVEN,
+            )  # fmt: skip
+            same = key_2[None, :] == key[:, None]
+            if GIVEN:
+                before = (
+                    same & (index_2[None, :] == index[:, None]) & ((first + tl.arange(0, CHUNK))[None, :] < at[:, None])
+                )
+                before = before & (key_2[None, :] > LOWEST_KEY)
+            else:
+                before = (key_2[None, :] > key[:, None]) | (same & (index_2[None, :] < index[:, None]))
+            rank += tl.sum(before.to(tl.int32), 1)
+    return rank
+
+
+@triton.jit
+def _write_row(ptr, value, K):
+    for first in range(0, K, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        tl.store(ptr + at, tl.full([CHUNK], value, ptr.dtype.element_ty), mask=at < K)
+
+
+@triton.jit
+def _copy_row(from_ptr, to_ptr, K):
+    for first in range(0, K, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < K), mask=at < K)
+
+
+@triton.jit(do_not_specialize=["K"])
+def select_kernel(
+    a_ptr, b_ptr, g_ptr, wd_ptr, wc_ptr, given_ptr, listed_ptr, words_ptr, index_ptr, value_ptr, found_ptr, count_ptr,
+    raise_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, out_count_ptr, out_index_ptr, out_difference_ptr, stride_a,
+    stride_b, stride_g, vocab, K, mix, scale, tau, alpha_base, gamma, lambda_reg, STATISTICS: tl.constexpr, FIX:
+    tl.constexpr, S: tl.constexpr, CAPACITY: tl.constexpr, DISTILL: tl.constexpr, TEACHER_STUDENT: tl.constexpr,
+    FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr, DISTINCT: tl.constexpr,
+):  # fmt: skip
+    """One program per row, after all of `rows_kernel`: STATISTICS writes everything per row, FIX the gradient at M."""
+    row = tl.program_id(0).to(tl.int64)
+    wd, wc = tl.load(wd_ptr + row), tl.load(wc_ptr + row)
+    a_ptr += row * stride_a
+    b_ptr += row * stride_b
+    g_ptr += row * stride_g
+    words_ptr += row * S * WORDS
+    index_ptr += row * S * CAPACITY
+    value_ptr += row * S * CAPACITY
+    if GIVEN:
+        given_ptr += row * K
+        listed_ptr += row * K
+    found_ptr += row * S
+    out_index_ptr += row * K
+    out_difference_ptr += row * K
+    is_read = (wd > 0) | (wc > 0)
+    bad = is_read
+    if is_read:
+        bad, _, _ = row_facts(words_ptr, S)
+    if STATISTICS:
+        blank = tl.where(bad, float("nan"), 0.0)
+        if GIVEN and is_read & (bad == False):  # noqa: E712
+            _copy_row(given_ptr, out_index_ptr, K)
+        else:
+            _write_row(out_index_ptr, -1, K)
+        if not DISTILL:
+            _write_row(out_difference_ptr, tl.where(bad, float("nan"), float("-inf")), K)
+        else:
+            tl.store(loss_ptr + row, blank)
+            tl.store(kl_ptr + row, blank)
+            tl.store(completion_ptr + row, blank)
+            tl.store(alpha_ptr + row, blank)
+        tl.store(out_count_ptr + row, tl.full((), 0, tl.int64))
+        if CENTERED:
+            tl.store(raise_ptr + row, 0.0)
+        tl.debug_barrier()
+    if is_read & (bad == False):  # noqa: E712
+        _, careful, present = row_facts(words_ptr, S)
+        favored = tl.sum(tl.load(count_ptr + row * S + tl.arange(0, S)))
+        alpha = alpha_base * (1.0 + gamma * (favored.to(tl.float32) / present))
+        mean = tl.sum(read_words(words_ptr, TOTAL, S)) / present if CENTERED else 0.0
+        if DISTILL:
+            part_s, part_t, gap, kl = divergence_facts(words_ptr, careful, scale, tau, TEACHER_STUDENT, S)
+        raise_by = tl.load(raise_ptr + row) if CENTERED and FIX else 0.0
+        penalty = tl.where(wc > 0, wc * alpha * 2.0 * lambda_reg, 0.0)
+        squares, offsets = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+        for own in range(0, 1 if GIVEN else S):
+            end = K if GIVEN else tl.load(found_ptr + own)
+            for first in range(0, end, CHUNK):
+                at = first + tl.arange(0, CHUNK)
+                index, s, key, d = _listed(
+                    a_ptr, a_ptr, b_ptr, listed_ptr, index_ptr + own * CAPACITY, value_ptr + own * CAPACITY,
+                    first, end, vocab, FROM_STUDENT, GIVEN,
+                )  # fmt: skip
+                rank = tl.zeros([CHUNK], tl.int32)
+                if not (GIVEN and DISTINCT):
+                    rank = _rank(
+                        at, index, key, a_ptr, b_ptr, listed_ptr, index_ptr, value_ptr, found_ptr, K, vocab,
+                        1 if GIVEN else S, CAPACITY, FROM_STUDENT, GIVEN,
+                    )  # fmt: skip
+                member = (key > LOWEST_KEY) & (rank < (1 if GIVEN else K))
+                e = tl.where(member, s - mean, 0.0)
+                squares += e * e
+                offsets += e
+                if STATISTICS and not GIVEN:
+                    tl.store(out_index_ptr + rank, index, mask=member)
+                if STATISTICS and not DISTILL:
+                    tl.store(out_difference_ptr + (at if GIVEN else rank), d, mask=member)
+                if FIX:
+                    a = tl.load(a_ptr + index, mask=member, other=0.0).to(tl.float32)
+                    b = tl.load(b_ptr + index, mask=member, other=0.0).to(tl.float32)
+                    g = careful_gradient(
+                        s, a, b, part_s, part_t, gap, kl, wd, mix, scale, tau, careful, TEACHER_STUDENT
+                    )
+                    g += penalty * e + raise_by
+                    tl.store(g_ptr + index, g.to(g_ptr.dtype.element_ty), mask=member)
+        if STATISTICS:
+            tl.store(out_count_ptr + row, favored.to(tl.int64))
+            if CENTERED:
+                tl.store(raise_ptr + row, -penalty * tl.sum(offsets) / present)
+            if DISTILL:
+                completion = lambda_reg * tl.sum(squares)
+                kl = tau * tau * kl
+                loss = tl.where(wd > 0, wd * kl, 0.0) + tl.where(wc > 0, wc * (alpha * completion), 0.0)
+                tl.store(loss_ptr + row, loss)
+                tl.store(kl_ptr + row, kl)
+                tl.store(completion_ptr + row, completion)
+                tl.store(alpha_ptr + row, alpha)
+
+
+@triton.jit
+def scale_kernel(g_ptr, upstream_ptr, stride_g, stride_u, width, BLOCK: tl.constexpr):
+    """Multiply a row by its upstream gradient, which is looked at first: 1 costs nothing."""
+    row = tl.program_id(0).to(tl.int64)
+    upstream = tl.load(upstream_ptr + row * stride_u).to(tl.float32)
+    if upstream != 1.0:
+        g_ptr += row * stride_g
+        for first in range(0, width, BLOCK):
+            at = first + tl.arange(0, BLOCK)
+            g = tl.load(g_ptr + at, mask=at < width, other=0.0).to(tl.float32) * upstream
+            tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=at < width)

@@ -1,0 +1,36 @@
+"""The GPU benchmark runs end to end, at tiny sizes on the CPU."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.gpu import main
+
+
+@pytest.mark.parametrize("what", ["loss", "sampler"])
+def test_every_row_is_measured_and_saved(what: str, tmp_path: Path) -> None:
+    out = tmp_path / "results" / "gpu.json"
+    assert main([what, "--out", str(out), "--device", "cpu", "--tiny", "--peers", "eager", "--rounds", "2"]) == 0
+    result = json.loads(out.read_text())
+    assert result["tiny"] is True
+    contestants = {row["contestant"] for row in result["rows"]}
+    assert {"reference", "eager"} <= contestants
+    for row in result["rows"]:
+        if what == "loss":
+            assert row["ms"] > 0
+            assert row["share_of_copy"] == pytest.approx(row["useful_gb_per_s"] / row["copy_gb_per_s"])
+        else:
+            assert row["us"] > 0
+    if what == "loss":
+        assert {row["mode"] for row in result["rows"]} == {"forward", "forward_backward", "forward_backward_inplace"}
+        assert "upstream 2" in contestants
+
+
+def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert main(["loss", "--out", str(tmp_path / "x.json")]) == 2
+    assert "no GPU here" in capsys.readouterr().err

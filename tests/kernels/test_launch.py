@@ -1,0 +1,85 @@
+"""Launch sizes: the tables, what was tuned, how rows are split."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepalign.kernels import launch, tune
+from deepalign.kernels.launch import LAUNCH, Launch, launch_of, split_of_rows
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("DEEPALIGN_CACHE", str(tmp_path))
+    launch.reread_tuned()
+    yield
+    monkeypatch.undo()
+    launch.forget_tuned()
+
+
+def test_every_operation_has_a_default() -> None:
+    for operation, table in LAUNCH.items():
+        assert launch_of(operation, CPU) == table["default"]
+        for sizes in table.values():
+            assert sizes.block & (sizes.block - 1) == 0
+
+
+def test_what_was_tuned_comes_first_and_is_kept() -> None:
+    sizes = Launch(block=1024, warps=4, share=999, programs=7)
+    tune.save("completion_loss/default", Launch(1, 1, 1, 1), launch.tuned_file())
+    tune.save("other/default", sizes, launch.tuned_file())
+    tune.save("completion_loss/default", sizes, launch.tuned_file())
+    launch.reread_tuned()
+    assert launch_of("completion_loss", CPU) == sizes
+    assert [path.name for path in launch.tuned_file().parent.iterdir()] == ["launch.json"]
+    launch.forget_tuned()
+    assert launch_of("completion_loss", CPU) == LAUNCH["completion_loss"]["default"]
+
+
+def test_a_broken_file_says_what_to_do() -> None:
+    launch.tuned_file().write_text('{"completion_loss/default": {"block": 1}}')
+    with pytest.raises(RuntimeError, match=r"launch\.json is no table of launch sizes .* remove it"):
+        launch.reread_tuned()
+
+
+def test_the_fastest_that_runs() -> None:
+    def milliseconds(sizes: Launch) -> float:
+        if sizes.block == 1:
+            raise RuntimeError("out of resources")
+        return float(sizes.warps)
+
+    best, times = tune.fastest([Launch(1, 1, 1, 1), Launch(2, 8, 1, 1), Launch(2, 4, 1, 1)], milliseconds)
+    assert best == Launch(2, 4, 1, 1)
+    assert len(times) == 2
+    with pytest.raises(RuntimeError, match="no launch sizes run"):
+        tune.fastest([Launch(1, 1, 1, 1)], milliseconds)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tuning_without_a_gpu_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert tune.main([]) == 2
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocab", "split"), [(8192, 128256, 4), (4096, 151936, 8), (16384, 32000, 1), (1, 128256, 32), (1, 100, 1)]
+)
+def test_how_rows_are_split(rows: int, vocab: int, split: int) -> None:
+    assert split_of_rows(LAUNCH["completion_loss"]["90"], rows, vocab, 2048) == split
+
+
+def test_nothing_is_asked_of_a_device_or_compiled_at_import() -> None:
+    code = (
+        "import sys, torch\n"
+        "torch.cuda.is_available = torch.cuda.device_count = None  # whoever calls them fails\n"
+        "import deepalign\n"
+        "deepalign.fused_completion_loss; deepalign.contrastive_sample; deepalign.position_divergence\n"
+        "assert 'triton' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})

@@ -1,0 +1,137 @@
+"""The Triton kernels where they are meant to run: against the reference at real sizes, beyond 2^31 entries, no
+waits."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepalign import CompletionLossConfig, base_favored_tokens, contrastive_sample, fused_completion_loss
+from deepalign.kernels.position_divergence import position_divergence
+from tests.kernels.samples import three_models
+
+pytestmark = pytest.mark.gpu
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def run(models: list[Tensor], implementation: str, **options: object) -> tuple[list[Tensor], Tensor]:
+    student, aligned, base = (model.cuda() for model in models)
+    leaf = student.requires_grad_()
+    output = fused_completion_loss(leaf * 1, aligned, base, reduction="none", implementation=implementation, **options)
+    output.loss.sum().backward()
+    return [value.detach() for value in output], leaf.grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "vocab"), [(1, 7), (3, 32000), (40, 128256), (7, 128255), (7, 128257), (33, 151936)])
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"kl_direction": "teacher_student"}, {"favored_from": "student"}, {"penalty": "centered_square"}],
+    ids=str,
+)
+def test_loss_and_gradient_are_the_references(rows: int, vocab: int, dtype: torch.dtype, kind: dict[str, str]) -> None:
+    models = three_models(rows, vocab, dtype=dtype)
+    config = CompletionLossConfig(top_k=min(100, vocab), **kind)
+    for inplace in (False, True):
+        found, gradient = run(models, "triton", config=config, inplace=inplace)
+        expected, expected_gradient = run(models, "reference", config=config)
+        for left, right in zip(found[:4], expected[:4], strict=True):
+            torch.testing.assert_close(left, right, rtol=2e-5, atol=2e-5)
+        assert bool(((found[4] - expected[4]).abs() <= 2).all())
+        assert torch.equal(found[5], expected[5])
+        error = (gradient.float() - expected_gradient.float()).abs().max()
+        assert float(error) <= (8e-3 if dtype != torch.float32 else 2e-5) * float(expected_gradient.abs().max()) + 1e-7
+
+
+def test_the_same_twice_to_the_bit() -> None:
+    models = three_models(300, 128256, dtype=torch.bfloat16)
+    (first, gradient), (second, again) = run(models, "triton"), run(models, "triton")
+    assert torch.equal(gradient, again)
+    assert all(torch.equal(left, right) for left, right in zip(first, second, strict=True))
+
+
+def test_more_than_2_to_the_31_entries() -> None:
+    rows, vocab = 17000, 128256
+    assert rows * vocab > 2**31
+    student = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda").normal_()
+    aligned, base = student + 0.5, student * 0.9
+    output = fused_completion_loss(student, aligned, base, reduction="none", implementation="triton")
+    last = [model[-3:].float().contiguous() for model in (student, aligned, base)]
+    expected = fused_completion_loss(*last, reduction="none", implementation="reference")
+    torch.testing.assert_close(output.kl[-3:], expected.kl, rtol=2e-5, atol=2e-5)
+    assert torch.equal(output.top_k_indices[-3:], expected.top_k_indices)
+    student.requires_grad_()
+    loss = fused_completion_loss(
+        student * 1, aligned, base, reduction="sum", inplace=True, implementation="triton"
+    ).loss
+    loss.backward()
+    assert bool(torch.isfinite(student.grad[-3:]).all())
+    assert bool(student.grad[-3:].any())
+
+
+def test_ties_bad_and_absent_rows() -> None:
+    models = three_models(6, 32000, dtype=torch.bfloat16)
+    models[2][0] = models[1][0]
+    models[0][1, 7] = torch.nan
+    for model in models:
+        model[2, 100:20000] = -torch.inf
+    found, gradient = run(models, "triton")
+    expected, _ = run(models, "reference")
+    assert torch.equal(found[5], expected[5])
+    assert gradient.isnan().any(-1).tolist() == [False, True, False, False, False, False]
+
+
+def test_no_wait_for_the_device_and_capture_into_a_graph() -> None:
+    student, aligned, base = (model.cuda() for model in three_models(64, 32000, dtype=torch.bfloat16))
+    student.requires_grad_()
+    weight = torch.ones(64, device="cuda")
+    uniforms = torch.rand(64, device="cuda", dtype=torch.float64)
+    options = {"kl_weight": weight, "completion_weight": weight, "implementation": "triton"}
+
+    def step() -> None:
+        fused_completion_loss(student, aligned, base, **options).loss.backward()
+        contrastive_sample(aligned, base, alpha=0.5, top_k=50, top_p=0.9, uniforms=uniforms, implementation="triton")
+        base_favored_tokens(aligned, base, implementation="triton")
+
+    step()  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [100, 32000, 128256])
+def test_sampler_and_statistics_are_the_references(vocab: int, dtype: torch.dtype) -> None:
+    _, aligned, base = (model.cuda() for model in three_models(16, vocab, dtype=dtype))
+    for left, right in zip(
+        position_divergence(aligned, base, implementation="triton"),
+        position_divergence(aligned, base, implementation="reference"),
+        strict=True,
+    ):
+        torch.testing.assert_close(
+            left.float(), right.float(), rtol=2e-5, atol=3.0 if left.dtype == torch.int64 else 2e-5
+        )
+    uniforms = torch.rand(16, device="cuda", dtype=torch.float64)
+    for chosen in ({}, {"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.01}, {"temperature": 0.0}):
+        options = {"alpha": 0.5, "uniforms": uniforms, **chosen}
+        found, expected = (
+            contrastive_sample(aligned, base, implementation=i, **options) for i in ("triton", "reference")
+        )
+        assert int((found.token_ids != expected.token_ids).sum()) <= 1  # a uniform may fall on a boundary
+
+
+@pytest.mark.parametrize("upstream", [1.0, 2.0])
+def test_memory_and_a_retained_graph(upstream: float) -> None:
+    student, aligned, base = (torch.randn(512, 128256, device="cuda", dtype=torch.bfloat16) for _ in range(3))
+    student.requires_grad_()
+    fused_completion_loss(student, aligned, base, reduction="sum", implementation="triton").loss.backward()
+    student.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    loss = fused_completion_loss(student, aligned, base, reduction="sum", implementation="triton").loss
+    assert torch.cuda.max_memory_allocated() - before <= 1.02 * student.nbytes
+    first = torch.autograd.grad(loss, student, torch.tensor(upstream, device="cuda"), retain_graph=True)[0].clone()
+    assert torch.equal(first, torch.autograd.grad(loss, student, torch.tensor(upstream, device="cuda"))[0])

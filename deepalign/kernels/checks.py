@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -212,7 +212,19 @@ def choose_implementation(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Implementation:
-    """Return the implementation that serves a call.
+    """Return the implementation that serves a call: the one of `implementation_name`."""
+    chosen = implementations[implementation_name(implementations, name, device, dtype)]
+    assert not isinstance(chosen, str)
+    return chosen
+
+
+def implementation_name(
+    implementations: Mapping[str, object],
+    name: str | None,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Return the name of the implementation that serves a call.
 
     Args:
         implementations: by name, the implementation, or a sentence that says why it cannot run.
@@ -230,14 +242,14 @@ def choose_implementation(
             if _obstacle(implementations, preferred, device, dtype) is None:
                 if preferred == "reference":
                     _announce_reference(device, dtype)
-                return cast(Implementation, implementations[preferred])
+                return preferred
     check_choice("implementation", name, tuple(implementations))
     assert name is not None, "the reference runs anywhere"
-    chosen, obstacle = implementations[name], _obstacle(implementations, name, device, dtype)
-    if isinstance(chosen, str) or obstacle is not None:
+    obstacle = _obstacle(implementations, name, device, dtype)
+    if obstacle is not None:
         runnable = tuple(n for n in implementations if _obstacle(implementations, n, device, dtype) is None)
         raise RuntimeError(f"implementation {name!r} cannot run: {obstacle}; use one of {_names(runnable)}, or None")
-    return chosen
+    return name
 
 
 def _obstacle(implementations: Mapping[str, object], name: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -273,7 +285,7 @@ def _announce_reference(device: torch.device, dtype: torch.dtype) -> None:
     warnings.warn(
         f"deepalign runs its eager reference implementation on {device.type} for {dtype}: no faster one can run there. "
         "Pass implementation='reference' to choose it without this notice.",
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -10,8 +10,8 @@ from deepalign.kernels.checks import (
     check_row_weight,
     check_top,
     check_top_k_indices,
-    choose_implementation,
     compute_dtype,
+    implementation_name,
 )
 from deepalign.kernels.completion_loss import linear_op  # noqa: F401  (defines the ops)
 from deepalign.kernels.completion_loss.api import IMPLEMENTATIONS, PAPER_CONFIG, Reduction, _normalise
@@ -91,7 +91,7 @@ def fused_linear_completion_loss(
     check_top_k_indices(top_k_indices, student, vocab_size)
     kl_weight_N = check_row_weight("kl_weight", kl_weight, student)
     completion_weight_N = check_row_weight("completion_weight", completion_weight, student)
-    chosen = choose_implementation(IMPLEMENTATIONS, implementation, student.device, compute_dtype(student))
+    serving = implementation_name(IMPLEMENTATIONS, implementation, student.device, compute_dtype(student))
 
     rows = student.shape[:-1]
     dhidden, dlm_head = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (student, student_head))
@@ -122,7 +122,7 @@ def fused_linear_completion_loss(
         chunk_rows,
         logit_softcap,
         logit_scale,
-        _name_of(chosen),
+        serving,
         reduce,
         dhidden,
         dlm_head,
@@ -133,7 +133,3 @@ def fused_linear_completion_loss(
         *(kl.view(rows), completion.view(rows), alpha.view(rows), count.view(rows)),
         indices.view(*rows, indices.shape[-1]),
     )
-
-
-def _name_of(chosen: object) -> str:
-    return next(name for name, found in IMPLEMENTATIONS.items() if found is chosen)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import check_top, choose_implementation, compute_dtype
+from deepalign.kernels.checks import check_top, compute_dtype, implementation_name
 from deepalign.kernels.library import LIBRARY
 from deepalign.kernels.linear_rows import (
     Head,
@@ -65,7 +65,7 @@ def linear_position_divergence(
     aligned, aligned_head, base, base_head = map(under_autocast, given)
     vocab_size = check_models(vocab_size, {"aligned": (aligned, aligned_head), "base": (base, base_head)})
     check_top("top_n", top_n, vocab_size)
-    chosen = choose_implementation(IMPLEMENTATIONS, implementation, aligned.device, compute_dtype(aligned))
+    serving = implementation_name(IMPLEMENTATIONS, implementation, aligned.device, compute_dtype(aligned))
     rows = aligned.shape[:-1]
     if chunk_rows is None:
         chunk_rows = choose_chunk_rows(rows.numel(), vocab_size, aligned.device, buffers=2.0)
@@ -76,7 +76,7 @@ def linear_position_divergence(
         chunk_rows,
         logit_softcap,
         logit_scale,
-        next(name for name, found in IMPLEMENTATIONS.items() if found is chosen),
+        serving,
     )
     return PositionDivergence(*(statistic.view(rows) for statistic in statistics))
 

@@ -23,7 +23,7 @@ class ChunkSize(NamedTuple):
 
 
 # On a CPU 64 rows take about 1.2 times as long per row as 128: the heads are read and packed twice as often
-# (docs/log-linear.md). A GPU's numbers are set by memory, not measured.
+# (docs/log.md). A GPU's numbers are set by memory, not measured.
 CHUNK_SIZES = {"cpu": ChunkSize(budget=192 << 20, least=128, most=512)}
 DEVICE_CHUNK_SIZE = ChunkSize(budget=1900 << 20, least=256, most=4096)
 ROW_MULTIPLE = 8  # rows that the CPU's product takes at a time; a GPU's tiles are multiples of it

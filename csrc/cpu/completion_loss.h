@@ -212,8 +212,7 @@ template <class T>
 LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
   const int64_t step_s = peak_step(begin, false), step_t = peak_step(begin, true);
-  const LossMaskedScan masked = masked_scan();
-  const LossScan<false> ordinary = ordinary_scan<false>();
+  const LossMaskedScan scan = masked_scan();
   LossAccumulators rest;
   rest.clear();
   LossSums exact;
@@ -225,13 +224,8 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
     }
     const Step x = load(i, end - i);
     const MaskPair exists = first_entries<T>(end - i);
-    if (careful_ || i + kStep > end) {
-      masked.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
-      masked.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
-    } else {
-      ordinary.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
-      ordinary.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
-    }
+    scan.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
+    scan.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
   }
   LossLaneSums rounded(cut_.block);
   rounded.template add<false>(rest, begin);
@@ -253,17 +247,11 @@ int64_t CompletionLossRow<T>::peak_step(int64_t begin, bool teacher) const {
 
 template <class T>
 DEEPALIGN_INLINE Float CompletionLossRow<T>::largest_present(int64_t i, bool teacher) const {
-  if (!teacher && !careful_ && i + kStep <= cut_.size) {
-    const Pair s = load_pair(s_ + i);
-    return max(s.first, s.second);
-  }
   const Step x = load(i, cut_.size - i);
-  const Float mix = splat(mix_);
+  const MaskPair exists = first_entries<T>(cut_.size - i);
+  const Float lowest = splat(-kInfinity), mix = splat(mix_);
   const Float first = teacher ? fma(mix, x.b.first - x.a.first, x.a.first) : x.s.first;
   const Float second = teacher ? fma(mix, x.b.second - x.a.second, x.a.second) : x.s.second;
-  if (!careful_ && i + kStep <= cut_.size) return max(first, second);
-  const MaskPair exists = first_entries<T>(cut_.size - i);
-  const Float lowest = splat(-kInfinity);
   return max(choose(both(exists.first, finite(x.s.first, x.a.first, x.b.first)), first, lowest),
              choose(both(exists.second, finite(x.s.second, x.a.second, x.b.second)), second, lowest));
 }

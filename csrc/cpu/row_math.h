@@ -239,7 +239,6 @@ class Candidates {
   }
   // Larger value first, then lower index: distinct for distinct entries.
   int64_t rank_key(int64_t i) const { return int64_t(ordered(key(i))) * (int64_t(1) << 32) + (0x7fffffff - index(i)); }
-  int64_t rank(int64_t i, int64_t n) const;
   void keep(const std::vector<int32_t>& order, int64_t n);
   float prune();  // keeps the k largest; returns the least of them
 
@@ -251,9 +250,9 @@ class Candidates {
 
 inline void Candidates::keep(const std::vector<int32_t>& order, int64_t n) {
   const auto permute = [&](auto& values) {
-    std::vector<std::decay_t<decltype(values[0])>> kept(static_cast<size_t>(n));
+    auto kept = values;
     for (int64_t i = 0; i < n; ++i) kept[size_t(i)] = values[size_t(order[size_t(i)])];
-    std::copy(kept.begin(), kept.end(), values.begin());
+    values.swap(kept);
   };
   permute(key_), permute(index_);
   if (!x_.empty()) permute(x_), permute(y_);
@@ -271,29 +270,19 @@ inline float Candidates::prune() {
   return least;
 }
 
-// How many of the first n entries come before entry i. By counting: no branch to mispredict.
-inline int64_t Candidates::rank(int64_t i, int64_t n) const {
-  const Float value = splat(key(i));
-  int64_t larger = 0, tied = 0;
-  for (int64_t j = 0; j < n; j += kLanes) {
-    const Float others = load(&key_[size_t(j)]);
-    const Mask exist = first_lanes(n - j);
-    larger += count(both(exist, greater(others, value)));
-    tied += count(both(exist, equal(others, value)));
-  }
-  if (tied == 1) return larger;  // itself
-  for (int64_t j = 0; j < n; ++j) larger += key(j) == key(i) && index(j) < index(i);
-  return larger;
-}
-
 inline void Candidates::finish() {
   const int64_t n = size_, kept = std::min(k_, n);
-  std::vector<int32_t> order(static_cast<size_t>(n));
-  if (n <= 512) {
-    for (int64_t i = 0; i < n; ++i) order[size_t(rank(i, n))] = int32_t(i);
+  std::vector<int64_t> keys(static_cast<size_t>(n));
+  std::vector<int32_t> order(static_cast<size_t>(std::max(n, kept)));
+  for (int64_t i = 0; i < n; ++i) keys[size_t(i)] = rank_key(i);
+  if (n <= 2048) {  // every rank by counting: no branch to mispredict
+    for (int64_t i = 0; i < n; ++i) {
+      int64_t rank = 0;
+      for (int64_t j = 0; j < n; ++j) rank += keys[size_t(j)] > keys[size_t(i)];
+      order[size_t(rank)] = int32_t(i);
+    }
   } else {
-    std::vector<int64_t> keys(static_cast<size_t>(n));
-    for (int64_t i = 0; i < n; ++i) keys[size_t(i)] = rank_key(i), order[size_t(i)] = int32_t(i);
+    for (int64_t i = 0; i < n; ++i) order[size_t(i)] = int32_t(i);
     const auto larger = [&](int32_t i, int32_t j) { return keys[size_t(i)] > keys[size_t(j)]; };
     std::nth_element(order.begin(), order.begin() + std::max<int64_t>(kept - 1, 0), order.end(), larger);
     std::sort(order.begin(), order.begin() + kept, larger);

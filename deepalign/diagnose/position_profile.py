@@ -4,7 +4,8 @@ Both models read the same given answers (teacher forcing), so position t compare
 in one and the same context. A model aligned only in its first tokens shows a profile that falls to nearly nothing.
 With `contrast`, the model's logits first go through Eq. 7, which is what contrastive decoding would have sampled from.
 
-The statistics are those of `kernels.position_divergence`; here they are only located, averaged and given an error.
+Rows are measured by `rows.py`; here they are only located, averaged and given an error. `positions.py` does the same
+for many conversations, on disk and resumably.
 """
 
 import math
@@ -12,16 +13,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import EncodedExample, encode_example
+from deepalign.data.contexts import build_contexts
 from deepalign.data.files import Message
-from deepalign.kernels.contrastive_sample import Space, contrastive_logits
-from deepalign.kernels.position_divergence import position_divergence
+from deepalign.diagnose.positions import measure_responses
+from deepalign.diagnose.rows import STATISTICS, RowOptions
+from deepalign.kernels.contrastive_sample import Space
 from deepalign.sampling.modes import check_evaluation_mode
-
-STATISTICS = ("kl", "reverse_kl", "jsd", "top_overlap", "favored_count", "favored_in_top")
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,6 @@ def kl_by_position(
     )["kl"]
 
 
-@torch.no_grad()
 def profiles_by_position(
     model: PreTrainedModel,
     base: PreTrainedModel,
@@ -88,11 +86,12 @@ def profiles_by_position(
         base: evaluation mode, any device.
         tokenizer: of both models, with a chat template.
         conversations: messages that end with the assistant's answer, at least one.
-        statistics: names out of kl, reverse_kl, jsd (nats), top_overlap (in [0, 1]), favored_count, favored_in_top.
+        statistics: names out of kl, reverse_kl, jsd (nats), top_overlap (in [0, 1]), favored_count, favored_in_top,
+            favored_in_base_top.
         max_positions: answer positions looked at; later tokens are cut off before the models run.
         batch_size: conversations per forward pass.
         contrast: (alpha, space): replace the model's logits by Eq. 7's before anything is measured.
-        top_n: candidate set of top_overlap and favored_in_top; at most the vocabulary.
+        top_n: candidate set of top_overlap, favored_in_top and favored_in_base_top; at most the vocabulary.
         vocab_size: logits beyond this index do not exist (padded vocabularies).
 
     Raises:
@@ -100,23 +99,18 @@ def profiles_by_position(
             `encode_example` and the kernels refuse.
     """
     _check_inputs(model, base, conversations, statistics, max_positions, batch_size)
-    examples = [_first_positions(encode_example(tokenizer, list(turns)), max_positions) for turns in conversations]
-    # Similar lengths together: only the columns from the batch's first answer token on are kept as logits.
-    examples.sort(key=lambda example: len(example.input_ids))
+    contexts = build_contexts(tokenizer, conversations)
+    # Similar lengths together: less padding.
+    contexts.sort(key=lambda context: len(context.prompt_ids) + min(len(context.response_ids), max_positions))
+    options = RowOptions(top_n, 0, contrast, vocab_size)
     values: dict[str, list[list[float]]] = {name: [[] for _ in range(max_positions)] for name in statistics}
-    for start in range(0, len(examples), batch_size):
-        batch = examples[start : start + batch_size]
-        logits_NV, positions = _answer_logits(model, batch)
-        base_logits_NV, _ = _answer_logits(base, batch)
-        base_logits_NV = base_logits_NV.to(logits_NV.device)
-        if contrast is not None:
-            alpha, space = contrast
-            logits_NV = contrastive_logits(logits_NV, base_logits_NV, alpha=alpha, space=space, vocab_size=vocab_size)
-            base_logits_NV = base_logits_NV.to(logits_NV.dtype)  # Eq. 7 is computed and returned in fp32
-        width = vocab_size if vocab_size is not None else logits_NV.shape[-1]
-        divergence = position_divergence(logits_NV, base_logits_NV, top_n=min(top_n, width), vocab_size=vocab_size)
+    for start in range(0, len(contexts), batch_size):
+        batch = contexts[start : start + batch_size]
+        responses = [context.response_ids[:max_positions] for context in batch]
+        rows = measure_responses(model, base, [context.prompt_ids for context in batch], responses, options)
+        positions = [position for response in responses for position in range(len(response))]
         for name in statistics:
-            for position, value in zip(positions, getattr(divergence, name).tolist(), strict=True):
+            for position, value in zip(positions, getattr(rows, name).tolist(), strict=True):
                 values[name][position].append(float(value))
     return {name: _profile(by_position) for name, by_position in values.items()}
 
@@ -139,34 +133,6 @@ def _check_inputs(
     unknown = sorted(set(statistics) - set(STATISTICS))
     if unknown or not statistics:
         raise ValueError(f"statistics must be names out of {', '.join(STATISTICS)}; got {list(statistics)}")
-
-
-def _first_positions(example: EncodedExample, max_positions: int) -> EncodedExample:
-    kept_ids = example.input_ids[: example.response_start + max_positions]
-    return EncodedExample(kept_ids, example.response_start, len(kept_ids) < len(example.input_ids))
-
-
-def _answer_logits(model: PreTrainedModel, batch: list[EncodedExample]) -> tuple[torch.Tensor, list[int]]:
-    """Logits (N, V), fp32 or as the model gives them, of every answer token of the batch, and each one's 0-based t."""
-    width = max(len(example.input_ids) for example in batch)
-    # Padding on the right: no real token can see it in a causal model, so any id will do and positions stay true.
-    ids = [example.input_ids + [0] * (width - len(example.input_ids)) for example in batch]
-    mask = [[1] * len(example.input_ids) + [0] * (width - len(example.input_ids)) for example in batch]
-    # The logits that predict token i stand at i - 1; what lies before the first answer is never materialised.
-    first = min(example.response_start for example in batch) - 1
-    logits_BTV = model(
-        input_ids=torch.tensor(ids, device=model.device),
-        attention_mask=torch.tensor(mask, device=model.device),
-        use_cache=False,
-        logits_to_keep=width - first,
-    ).logits
-    rows: list[torch.Tensor] = []
-    positions: list[int] = []
-    for row_TV, example in zip(logits_BTV, batch, strict=True):
-        start = example.response_start - 1 - first
-        rows.append(row_TV[start : start + example.response_length])
-        positions.extend(range(example.response_length))
-    return torch.cat(rows), positions
 
 
 def _profile(by_position: list[list[float]]) -> PositionProfile:

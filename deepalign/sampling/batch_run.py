@@ -86,7 +86,7 @@ def run_batch(
         "generate": [max_new_tokens, list(stop), seed, system, return_stats],
     }
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target) as file:
+    with locked(target) as file:
         done = _resume(file, target, settings, len(rows))
         with tqdm(total=len(rows), initial=done, desc="sample", unit="row", disable=not progress) as bar:
             for start in range(done, len(rows), batch_size):
@@ -133,7 +133,7 @@ def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dic
 
 
 @contextmanager
-def _locked(target: Path) -> Iterator[BinaryIO]:
+def locked(target: Path) -> Iterator[BinaryIO]:
     """Open for reading and appending, with a lock that ends with the process."""
     with target.open("a+b") as file:
         try:

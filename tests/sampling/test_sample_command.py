@@ -161,7 +161,7 @@ def test_an_edited_file_is_refused(models, prompts, tmp_path, capsys):
 
 def test_two_writers_are_refused(models, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    with batch_run._locked(out):
+    with batch_run.locked(out):
         assert "written by another process" in refused(capsys, *arguments(models, prompts, out))
 
 

@@ -85,8 +85,8 @@ class ParameterUses(TorchFunctionMode):
             return self._linear(args[0], args[1], output)
         if func is torch.addmm and len(args) == 3 and not kwargs:  # GPT-2's linear layers
             return self._linear(args[1], args[2], output)
-        if func is functional.embedding and len(args) == 7:
-            self._embedding(*args, output=output)
+        if func is functional.embedding:
+            self._embedding(output, *args, **(kwargs or {}))
         return output
 
     def _linear(self, inputs: Tensor, weight: Tensor, output: Tensor) -> Tensor:
@@ -112,15 +112,14 @@ class ParameterUses(TorchFunctionMode):
 
     def _embedding(
         self,
+        output: Tensor,
         ids: Tensor,
         weight: Tensor,
-        padding_idx: int | None,
-        max_norm: float | None,
-        norm_type: float,
-        scale_grad_by_freq: bool,
-        sparse: bool,
-        *,
-        output: Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
     ) -> None:
         if id(weight) in self.uses and max_norm is None and not scale_grad_by_freq and not sparse:
             padding = None if padding_idx is None else padding_idx % weight.shape[0]

@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample`."""
+"""The command line: `deepalign demo|diagnose|sample`."""
 
 import argparse
 import sys
@@ -18,9 +18,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
+    commands.add_parser(
+        "diagnose", help="where alignment stops, position by position: figures and a page", add_help=False
+    )
     options, rest = parser.parse_known_args(arguments)
+    own_arguments = {"sample": _sample, "diagnose": _diagnose}
     try:
-        return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
+        if options.command in own_arguments:
+            return own_arguments[options.command](rest)
+        return _demo(parser.parse_args(arguments))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +50,16 @@ def _sample(arguments: Sequence[str]) -> int:
     from deepalign.sampling.cli import add_arguments, run  # imports torch and transformers, which takes seconds
 
     parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def _diagnose(arguments: Sequence[str]) -> int:
+    from deepalign.diagnose.cli import add_arguments, run
+
+    parser = argparse.ArgumentParser(
+        prog="deepalign diagnose", description="compare aligned models with their base, position by position"
+    )
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 

@@ -78,8 +78,10 @@ def draw_curve(
     y: Sequence[float],
     low: Sequence[float],
     high: Sequence[float],
+    *,
+    hollow: bool = False,
 ) -> None:
-    """A curve in its style, with the band from `low` to `high`."""
+    """A curve in its style, with the band from `low` to `high`; `hollow` markers are white inside."""
     # About 12 markers tell curves apart; one on every point of a long profile would hide its line.
     every = max(1, math.ceil(len(x) / 12))
     axes.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0)
@@ -90,8 +92,9 @@ def draw_curve(
         marker=style.marker,
         markevery=every,
         markersize=5.5,
-        markeredgecolor="white",
-        markeredgewidth=0.4,
+        markerfacecolor="white" if hollow else style.color,
+        markeredgecolor=style.color if hollow else "white",
+        markeredgewidth=1.0 if hollow else 0.4,
         linewidth=1.7,
         dashes=style.dashes if style.dashes else (None, None),
         clip_on=False,

@@ -74,9 +74,9 @@ class GradientMagnitude:
         """GradMag(t), (T,) float64 each, over groups of parameters, in the order of their first parameter.
 
         Args:
-            group: "parameter"; "module", without the parameter's own name; "layer", the layer's number ("model.layers.3";
-                modules outside of layers by themselves); "kind", the same module of all layers together
-                ("self_attn.q_proj"); or a function from a parameter's name to its group's.
+            group: "parameter"; "module", without the parameter's own name; "layer", as "model.layers.3", modules
+                outside of layers by themselves; "kind", the same module of all layers together, as
+                "self_attn.q_proj"; or a function from a parameter's name to its group's.
 
         Raises:
             ValueError: an unknown group.
@@ -135,9 +135,9 @@ def gradient_magnitude(
         A `GradientMagnitude` per example, in order.
 
     Raises:
-        ValueError: the model is in training mode; no examples, or one without prompt or answer, too long for the model or
-            with ids outside its vocabulary; a size below 1; `parameters` chooses none, or one that cannot have a gradient
-            (quantised, or partitioned by ZeRO-3).
+        ValueError: the model is in training mode; no examples, or one without prompt or answer, too long for the model
+            or with ids outside its vocabulary; a size below 1; `parameters` chooses none, or one that cannot have a
+            gradient (quantised, or partitioned by ZeRO-3).
         RuntimeError: the model does not know `logits_to_keep`, or calls its output layer in an unknown way.
 
     Warns:
@@ -222,7 +222,9 @@ class _SpanNorms:
                 columns[name] += _square(gradient.flatten(1)).cpu()
         for name, uses in self.known.items():
             if uses and isinstance(uses[0], HeadUse):
-                columns[name] += head_squares(uses[0], self.dlogits[id(uses[0])])[chunk.start : chunk.stop].double().cpu()
+                columns[name] += (
+                    head_squares(uses[0], self.dlogits[id(uses[0])])[chunk.start : chunk.stop].double().cpu()
+                )
         for row, token in enumerate(chunk):
             for name, square in self._formed_squares(cotangents[row], token).items():
                 columns[name][row] = square
@@ -245,15 +247,13 @@ class _SpanNorms:
             return {}
         hidden, logprob = self.graph.hidden, self.graph.logprobs_S[token]
         wanted = list(self.formed.values())
-        options = {"retain_graph": True, "allow_unused": True}
-        in_head = torch.autograd.grad(logprob, wanted, **options)
-        in_body = [None] * len(wanted)
+        sides = [torch.autograd.grad(logprob, wanted, retain_graph=True, allow_unused=True)]
         if hidden.requires_grad:
-            in_body = torch.autograd.grad(hidden, wanted, cotangent, **options)
+            sides.append(torch.autograd.grad(hidden, wanted, cotangent, retain_graph=True, allow_unused=True))
         squares = {}
-        for name, *sides in zip(self.formed, in_head, in_body, strict=True):
-            there = [side for side in sides if side is not None]
-            squares[name] = float(_square(sum(there[1:], start=there[0]).flatten())) if there else 0.0
+        for name, *gradients in zip(self.formed, *sides, strict=True):
+            there = [gradient for gradient in gradients if gradient is not None]
+            squares[name] = float(_square(torch.stack(there).sum(0).flatten())) if there else 0.0
         return squares
 
 
@@ -282,5 +282,7 @@ def _chosen(
                 "quantised model measure the adapters, parameters='trainable'"
             )
         if hasattr(parameter, "ds_id") or hasattr(parameter, "device_mesh"):
-            raise ValueError(f"parameter {name} is partitioned over ranks; expected a whole model: load it without ZeRO-3")
+            raise ValueError(
+                f"parameter {name} is partitioned over ranks; expected a whole model: load it without ZeRO-3"
+            )
     return chosen

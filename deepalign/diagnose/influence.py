@@ -66,7 +66,7 @@ class Influence:
         eps_T = torch.as_tensor(deviations_T, dtype=torch.float64).cpu()
         if eps_T.shape != (len(self.norms_TL),):
             raise ValueError(
-                f"deviations has shape {tuple(eps_T.shape)}; expected ({len(self.norms_TL)},), one value per answer token"
+                f"deviations has shape {tuple(eps_T.shape)}; expected ({len(self.norms_TL)},), one per answer token"
             )
         return self.answer @ eps_T
 
@@ -98,8 +98,8 @@ def influence(
         An `Influence` per example, in order.
 
     Raises:
-        ValueError: the model is in training mode; no examples, or one without prompt or answer, too long for the model or
-            with ids outside its vocabulary; a size below 1; no such layer.
+        ValueError: the model is in training mode; no examples, or one without prompt or answer, too long for the model
+            or with ids outside its vocabulary; a size below 1; no such layer.
         RuntimeError: the model does not know `logits_to_keep`, or calls its output layer in an unknown way.
 
     Warns:

@@ -3,13 +3,13 @@
 A matrix used once, as y = x W^T over n positions, has for token t the gradient G_t = delta_t^T x, delta_t (n, out) the
 gradient in y. Its norm needs no (out, in) matrix: with x^T = Q R (QR decomposition, R (n, n)), ‖G_t‖ = ‖R delta_t‖,
 because Q has orthonormal columns. R belongs to the forward, so all tokens share it, and a token costs n² out products
-instead of n in out. Where n >= in, R is x^T itself. (The Gram form, sum of (delta_i · delta_j)(x_i · x_j), costs the same but
-squares: with one large common direction in x, which language models have, float32 loses it to cancellation.)
+instead of n in out. Where n >= in, R is x^T itself. (The Gram form, the sum of (delta_i · delta_j)(x_i · x_j), costs the
+same but squares: with one large common direction in x, which language models have, it cancels in float32.)
 
 Forwards run under `ParameterUses`, which sees every `linear`, `addmm` and `embedding` that reads a measured parameter,
-in whatever module. Whether it saw all uses is not assumed but counted in the autograd graph. A parameter with a use it did
-not see, or with two uses whose gradients would have to be added before the norm, is left to the caller to do the plain way;
-the one exception is an embedding tied to the output layer, where the sum is known (`embedding_squares`).
+in whatever module. Whether it saw all uses is not assumed but counted in the autograd graph. A parameter with a use it
+did not see, or with two uses whose gradients would have to be added before the norm, is left to the caller to do the
+plain way; the one exception is an embedding tied to the output layer, where the sum is known (`embedding_squares`).
 """
 
 from collections import Counter
@@ -152,9 +152,7 @@ def head_squares(use: HeadUse, doutput_SV: Tensor) -> Tensor:
     return doutput_SV.to(inputs_SH.dtype).square().sum(-1) * inputs_SH.square().sum(-1)
 
 
-def embedding_squares(
-    use: EmbeddingUse, doutput_CnH: Tensor, head: tuple[Tensor, Tensor] | None = None
-) -> Tensor:
+def embedding_squares(use: EmbeddingUse, doutput_CnH: Tensor, head: tuple[Tensor, Tensor] | None = None) -> Tensor:
     """(C,) squared norms of the gradients of an embedding matrix.
 
     A token that stands at several positions has one row, so their gradients are added before the norm. Tied to the

@@ -10,7 +10,7 @@ products (`torch.autograd.grad(is_grads_batched=True)`): every matrix product ha
 of n positions, while the forward's activations are there once. Nothing but activation gradients flows unless a
 parameter's own gradient is asked for.
 
-Attention is causal: tokens up to t need the first t - 1 positions only. An answer is therefore cut into spans, each with
+Attention is causal: tokens up to t need only the positions before t. An answer is therefore cut into spans, each with
 a forward over its own prefix. A forward costs about as much as one token's backward, and a span of S tokens makes its
 tokens carry S / 2 positions too many on average, so that n / S + S / 2 is to be small: S = sqrt(2 n).
 """
@@ -154,8 +154,8 @@ def trace_span(
     if cut.leaf is None or cut.hidden is None or cut.leaf.shape[:2] != (1, len(span)):
         seen = None if cut.leaf is None else tuple(cut.leaf.shape)
         raise RuntimeError(
-            f"the output layer of {type(model).__name__} was given {seen}; expected (1, {len(span)}, H): the model must "
-            "know logits_to_keep and call the module that get_output_embeddings() names"
+            f"the output layer of {type(model).__name__} was given {seen}; expected (1, {len(span)}, H): the model "
+            "must know logits_to_keep and call the module that get_output_embeddings() names"
         )
     logits_SV = output.logits[0, :, :vocab_size]
     logprobs_SV = logits_SV.to(compute_dtype(logits_SV)).log_softmax(-1)
@@ -208,7 +208,9 @@ def check_examples(
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1 or None, got {value}")
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-    width = model.get_input_embeddings().weight.shape[0]
+    embedding = model.get_input_embeddings().weight
+    assert isinstance(embedding, Tensor)
+    width = embedding.shape[0]
     for number, example in enumerate(examples):
         if example.response_start < 1 or example.response_length < 1:
             raise ValueError(

@@ -132,6 +132,20 @@ def first_below(means_BT: np.ndarray, share: float = TENTH) -> np.ndarray:
     return np.where(below_BT.any(-1), below_BT.argmax(-1) + 1.0, np.nan)
 
 
+def below_for_good(means_BT: np.ndarray, share: float = TENTH) -> np.ndarray:
+    """The first 1-based position from which on every mean is below `share` of the first's, (B,), NaN for never.
+
+    Where some tokens are certain to both models, KL falls to nothing there and comes back; this is where it stays away.
+    """
+    with np.errstate(invalid="ignore"):
+        reached_BT = means_BT >= share * means_BT[:, :1]
+    last_B = means_BT.shape[1] - reached_BT[:, ::-1].argmax(-1)  # 1-based; position 1 always reaches itself
+    known_B = (~np.isnan(means_BT)).sum(
+        -1
+    )  # fewer and fewer contexts reach a position, so what is known is a beginning
+    return np.where(reached_BT.any(-1) & (last_B < known_B), last_B + 1.0, np.nan)
+
+
 def window_means(means_BT: np.ndarray, first: int, last: int | None) -> np.ndarray:
     """Mean over 1-based positions `first` to `last` (inclusive; None: to the end), (B,), NaN where nothing is there."""
     window = means_BT[:, first - 1 : last]

@@ -120,7 +120,8 @@ def summary(report: dict[str, Any]) -> str:
             verdict = found["verdict"]
             lines.append(
                 f"{name}, {group} (n = {found['n']}): KL {number_text(verdict['kl_first'])} nats at the first token, "
-                f"below a tenth of it from position {below_tenth_text(verdict['below_tenth'])}; late over early "
+                f"below a tenth of it from position {below_tenth_text(verdict['below_tenth'])}, for good from "
+                f"{below_tenth_text(verdict['below_tenth_for_good'])}; late over early "
                 f"{number_text(verdict['kl_late_over_early'])}"
             )
     against = [claim["claim"] for claim in report["claims"] if claim["verdict"] == "disagrees"]

@@ -45,6 +45,7 @@ _CLASS_COLORS = dict(
     )
 )
 _CLASS_HATCHES = dict(zip(CLASSES, ("", "//", "\\\\", "xx", "", "..", "--", "||", "++"), strict=True))
+# Bars, and how long a name may be.
 BARS, LABEL_LENGTH = 30, 18
 KINDS_DRAWN = 7
 
@@ -93,12 +94,12 @@ def _position_figure(report: Report, folder: Path) -> FigureFile:
         "Where alignment acts (Fig. 1)",
         "Left: how far each model is from its base, on a log scale. A curve that starts high and falls within a few "
         "positions is shallow alignment: later tokens are predicted as the base would. Right: tokens that the base "
-        "favors among the aligned model's own top. Bands: bootstrap over contexts.",
+        "favors among the aligned model's own top. Bands: bootstrap over contexts. Grey ground: forced prefixes.",
     )
 
 
 def _contrastive_figure(report: Report, folder: Path, first: str) -> FigureFile:
-    figure, (axes,) = _panels(1, 1, (7.2, 4.3))
+    figure, (axes,) = _panels(1, 1, (9.6, 4.3))
     names = list(report["series"])
     _draw_statistic(axes, report, "kl", names, log=True, groups=("harmful",), model_dashes=True)
     _legend(figure, report, names, groups=("harmful",), model_dashes=True)
@@ -140,7 +141,7 @@ def _token_figure(report: Report, folder: Path, first: str) -> FigureFile:
     for bar, hatch in zip(bars, hatches, strict=True):
         bar.set_hatch(hatch)
     left.set_yticks(range(len(tokens)), labels, fontsize=8.5)
-    left.invert_yaxis()
+    left.set_ylim(len(tokens) - 0.4, -0.6)
     dress(left, f"most frequent base-favored tokens, {first}")
     _horizontal(left, "rows whose most base-favored tokens include it, %")
     _draw_classes(right, everything["classes"], report["vocabulary_classes"])
@@ -170,10 +171,12 @@ def _gradient_figure(report: Report, folder: Path) -> FigureFile:
     order = sorted(kinds, key=lambda kind: -float(np.mean(kinds[kind]["mean"])))[:KINDS_DRAWN]
     kind_styles = curve_styles({kind: kind for kind in order})
     for kind in order:
-        _draw_band(right, kind_styles[kind], Band(**kinds[kind]), floor=0.0)
+        means = Band(**kinds[kind])
+        _draw_band(right, kind_styles[kind], replace(means, low=list(means.mean), high=list(means.mean)), floor=0.0)
     dress(right, f"by kind of module, {first}")
     for axes in (left, right):
         axes.set_xlabel(POSITION)
+        axes.margins(x=0.02)
         axes.set_ylim(bottom=0)
     right.legend(
         handles=[_handle(kind_styles[kind]) for kind in order], fontsize=7.5, frameon=False, handlelength=3.2, ncols=2
@@ -184,13 +187,14 @@ def _gradient_figure(report: Report, folder: Path) -> FigureFile:
         frameon=False,
         handlelength=3.2,
     )
-    count = series["gradients"]["n"]
+    count, correlation = series["gradients"]["n"], series["gradients"]["surprise_correlation"]["value"]
+    follows = "" if correlation is None else f" Rank correlation with -log P within a response: {correlation:.2f}."
     return _saved(
         figure,
         folder / "gradients.png",
         "GradMag (Eq. 2)",
         f"Norm of the gradient of log P(token t) over all parameters, and per kind of module, mean over {count} "
-        "harmful responses with bootstrap bands. The paper states that it declines with position.",
+        f"harmful responses with bootstrap bands. The paper states that it declines with position.{follows}",
     )
 
 
@@ -203,19 +207,23 @@ def _influence_figure(report: Report, folder: Path, first: str) -> FigureFile:
     answer = answer[:length, :length]
     dress(left, f"Influence(i → t), {first}")
     left.grid(False)
+    left.set_anchor("W")
     if np.isfinite(answer).any():
         high = float(np.nanmax(answer))
         norm = LogNorm(max(float(np.nanmin(answer)), high / 1e4), high)
         image = left.imshow(
             answer, cmap="cividis", norm=norm, origin="upper", extent=(0.5, length + 0.5, length + 0.5, 0.5)
         )
-        figure.colorbar(image, ax=left, shrink=0.85, label="mean ‖d log P(y_t) / d h_i‖")
+        bar = figure.colorbar(image, ax=left, shrink=0.85)
+        bar.ax.set_title(r"$\Vert\partial\,\log P(y_t)\,/\,\partial h_i\Vert$", fontsize=9, color=INK, pad=8)
+        bar.ax.tick_params(labelsize=9, colors=INK)
     left.set_xlabel("position i")
     left.set_ylabel("token t")
     style = replace(series_styles(report)[first], dashes=())
     _draw_band(right, style, Band(**found["error"]), floor=0.0)
-    dress(right, "Error(t) = sum of KL_i · Influence(i → t)")
+    dress(right, r"Error(t) = $\sum_{i<t}$ KL$_i$ · Influence(i → t)")
     right.set_xlabel("token t")
+    right.margins(x=0.02)
     right.set_ylim(bottom=0)
     layer = "the embedding output" if found["layer"] == 0 else f"the output of layer {found['layer']}"
     return _saved(
@@ -279,6 +287,14 @@ def _draw_statistic(
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.tick_params(axis="y", which="minor", length=2, color=FAINT)
     axes.set_ylim(bottom=floor)
+    if statistic == "top_overlap":
+        axes.set_ylim(0.0, 1.02)
+    forced = max(
+        report["series"][name]["groups"][group]["forced"] for name in names for group in groups or ("harmful",)
+    )
+    if forced:
+        axes.axvspan(0.5, forced + 0.5, color=FAINT, alpha=0.5, linewidth=0, zorder=0)
+        axes.set_xlim(left=0.3)
 
 
 def _style(style: CurveStyle, group: str, model_dashes: bool) -> CurveStyle:
@@ -306,6 +322,8 @@ def _draw_counts(axes: Axes, report: Report) -> None:
             draw_curve(axes, style, [float(t) for t in band.position], counts, counts, counts, hollow=group == "benign")
     dress(axes, "contexts that reach the position")
     axes.set_xlabel(POSITION)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.margins(x=0.02)
     axes.set_ylim(bottom=0)
 
 
@@ -359,9 +377,9 @@ def _draw_classes(axes: Axes, found: Mapping[str, float], vocabulary: Mapping[st
         )
         axes.barh(place, 100 * vocabulary[kind], facecolor="none", edgecolor=INK, linewidth=1.0, height=0.78)
     axes.set_yticks(places, shown, fontsize=9)
-    axes.invert_yaxis()
-    dress(axes, "classes, all found tokens (outline: vocabulary)")
-    _horizontal(axes, "%")
+    axes.set_ylim(len(shown) - 0.4, -0.6)
+    dress(axes, "classes (outline: vocabulary)")
+    _horizontal(axes, "share of all tokens found, %")
 
 
 def _horizontal(axes: Axes, label: str) -> None:

@@ -56,14 +56,19 @@ def measure_gradients(
     vocab_size: int | None,
     progress: bool,
 ) -> np.dtype:
-    """GradMag(t) of every example that `path` has no record of: `total` (T,) and `kind` (T, K), NaN beyond its end."""
+    """GradMag(t) of every example that `path` has no record of: `total`, `logprob` (T,), `kind` (T, K), NaN beyond."""
     names = kinds(model)
-    record = np.dtype([("total", "<f8", (positions,)), ("kind", "<f8", (positions, len(names)))])
+    shapes = {"total": (positions,), "logprob": (positions,), "kind": (positions, len(names))}
+    record = np.dtype([(name, "<f8", shape) for name, shape in shapes.items()])
 
     def measure(example: EncodedExample, index: int) -> dict[str, np.ndarray]:
         (found,) = gradient_magnitude(model, [example], vocab_size=vocab_size, progress=False)
         by_kind = found.by("kind")
-        return {"total": found.total.numpy(), "kind": np.stack([by_kind[name].numpy() for name in names], axis=-1)}
+        return {
+            "total": found.total.numpy(),
+            "logprob": found.logprobs_T.numpy(),
+            "kind": np.stack([by_kind[name].numpy() for name in names], axis=-1),
+        }
 
     _measure_each(examples, path, record, {**settings, "kinds": names}, measure, "GradMag", progress)
     return record

@@ -18,18 +18,18 @@ STYLE = """
 :root { --ink: #222; --faint: #666; --line: #d9d9d9; --wash: #f6f6f4; }
 * { box-sizing: border-box; }
 body { color: var(--ink); background: #fff; font: 16px/1.5 system-ui, "Segoe UI", "DejaVu Sans", sans-serif;
-       margin: 0 auto; max-width: 62rem; padding: 2rem 1.25rem 4rem; }
+       margin: 0 auto; max-width: 64rem; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .3rem; }
 h2 { font-size: 1.2rem; margin: 2.4rem 0 .6rem; padding-top: .6rem; border-top: 1px solid var(--line); }
 p { max-width: 48rem; margin: .5rem 0; }
 .lead { color: var(--faint); }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: .88rem; margin: .8rem 0; width: 100%;
+table { border-collapse: collapse; font-size: .86rem; margin: .8rem 0; width: 100%;
         font-variant-numeric: tabular-nums; }
-th, td { padding: .32rem .6rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
+th, td { padding: .32rem .5rem; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 th { font-weight: 600; border-bottom: 1.5px solid #999; vertical-align: bottom; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-td.name { white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.number, td.name { white-space: nowrap; }
 td small { color: var(--faint); white-space: nowrap; }
 code, .token { font-family: ui-monospace, "DejaVu Sans Mono", monospace; font-size: .92em; }
 .token { background: var(--wash); border: 1px solid var(--line); border-radius: 3px; padding: 0 .25em;
@@ -126,9 +126,10 @@ def _verdict_table(report: Report) -> str:
             verdict = found["verdict"]
             rows.append(
                 [
-                    f"{name}, {group}",
+                    f"{_text(name)}<br><small>{_text(group)}</small>",
                     _interval(verdict["kl_first"]),
                     _interval(verdict["below_tenth"], below_tenth_text),
+                    _interval(verdict["below_tenth_for_good"], below_tenth_text),
                     _interval(verdict["kl_early"]),
                     _interval(verdict["kl_late"]),
                     _interval(verdict["kl_late_over_early"]),
@@ -139,11 +140,12 @@ def _verdict_table(report: Report) -> str:
     header = [
         "series",
         "KL at the first token",
-        "first position below a tenth of it",
+        "below a tenth of it, from position",
+        "for good from",
         "KL, positions 1-3",
         "KL, from 16 on",
         "late / early",
-        "base-favored in aligned's top, 1-3",
+        "base-favored in its top, 1-3",
         "from 16 on",
     ]
     return _table(header, rows, numbers=range(1, len(header)))
@@ -251,7 +253,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequen
     """A table of HTML cells; the columns in `numbers` stand right."""
 
     def cell(tag: str, column: int, content: str) -> str:
-        kind = "number" if column in numbers else "name" if column == 0 and tag == "td" else "text"
+        kind = "number" if column in numbers else "name" if column == 0 and len(numbers) else "text"
         return f'<{tag} class="{kind}">{content}</{tag}>'
 
     top = "".join(cell("th", column, _text(name)) for column, name in enumerate(header))

@@ -95,7 +95,7 @@ def writing(
     path.parent.mkdir(parents=True, exist_ok=True)
     with locked(path) as file:
         size = os.fstat(file.fileno()).st_size
-        _check_settings(path, settings, empty=size == 0)
+        _check_settings(path, {**settings, "record": str(record.descr)}, empty=size == 0)
         done = size // record.itemsize
         if done > total:
             raise ValueError(f"{path} holds {done} records of {total}; the file was changed: remove it")

@@ -3,17 +3,19 @@
 `report.json` holds, beside settings and versions:
 
     {"series": {name: {"model": path, "contrast": null or [alpha, space],
-                       "groups": {"harmful": {"n": contexts, "profiles": {statistic: {position, mean, low, high, n}},
-                                              "verdict": {...}, "tokens": [per position band: tokens, classes]},
+                       "groups": {"harmful": {"n": contexts, "forced": most forced ids, "verdict": {...},
+                                              "profiles": {statistic: {position, mean, low, high, n}},
+                                              "tokens": [per position band: tokens, classes]},
                                   "benign": ...},
                        "gradients": {...}, "influence": {...}}},
-     "vocabulary_classes": {class: share}, "claims": [{"claim", "paper", "measured", "verdict"}], "reading": {...}}
+     "vocabulary_classes": {class: share}, "claims": [{"claim", "paper", "measured", "verdict"}],
+     "reading": [how to read it, in sentences]}
 
 A claim's verdict is "agrees" or "disagrees" where the bootstrap band of the number it rests on excludes no effect, else
 "undecided". A report that could only agree would be no evidence.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from deepalign.diagnose.bootstrap import (
     BootstrapOptions,
     Means,
     band,
+    below_for_good,
     bootstrap_means,
     first_below,
     split,
@@ -55,6 +58,7 @@ def group_report(
     counts, rows = count_tokens(read_records(path, record), BANDS, names.size)
     return {
         "n": total,
+        "forced": max(int(records["forced"].max()) for records in read_records(path, record)),
         "profiles": {name: band(values, options).to_dict() for name, values in means.items()},
         "verdict": verdict(means, options),
         "tokens": token_report(counts, rows, BANDS, names),
@@ -65,14 +69,15 @@ def verdict(means: Mapping[str, Means], options: BootstrapOptions) -> dict[str, 
     """The numbers that say how deep the alignment is.
 
     Returns:
-        `kl_first`: KL at position 1; `below_tenth`: the first position whose mean KL is below a tenth of that, with
-        the band over resamples (None: never); `kl_early`, `kl_late`, `favored_early`, `favored_late`: means over
-        positions 1 to 3 and from 16 on, of KL and of the base-favored count in aligned's top n; their ratios late over
-        early.
+        `kl_first`: KL at position 1; `below_tenth`: the first position whose mean KL is below a tenth of that, and
+        `below_tenth_for_good`: from which on it stays there, with bands over resamples (None: never); `kl_early`,
+        `kl_late`, `favored_early`, `favored_late`: means over positions 1 to 3 and from 16 on, of KL and of the
+        base-favored count in aligned's top n; their ratios late over early.
     """
     kl = means["kl"]
     found: dict[str, Any] = {"kl_first": _number(kl.mean[:1], kl.resampled[:, :1].T, options)}
-    found["below_tenth"] = _position(kl, options)
+    found["below_tenth"] = _position(first_below, kl, options)
+    found["below_tenth_for_good"] = _position(below_for_good, kl, options)
     for prefix, statistic in (("kl", "kl"), ("favored", "favored_in_top")):
         for name, windows in (("early", (EARLY,)), ("late", (LATE,)), ("late_over_early", (LATE, EARLY))):
             found[f"{prefix}_{name}"] = _number(*_window(means[statistic], windows), options)
@@ -136,15 +141,24 @@ def claims(
     gradients = report["series"][first].get("gradients")
     if gradients is not None:
         text, paper = "GradMag declines with position", "stated of Eq. 2; no figure is given"
-        found.append(_claim(text, paper, gradients["late_over_early"], "late over early", below=1.0))
+        surprise = gradients["surprise_correlation"]["value"]
+        what = "late over early" + ("" if surprise is None else f" (rank correlation with -log P: {surprise:.2f})")
+        found.append(_claim(text, paper, gradients["late_over_early"], what, below=1.0))
     return found
 
 
 def gradient_report(path: Path, record: np.dtype, total: int, kind_names: list[str], options: BootstrapOptions) -> Any:
-    """GradMag by position, over all parameters and per kind of module, and late over early."""
+    """GradMag by position, over all parameters and per kind of module, late over early, and how it follows surprise.
+
+    `surprise_correlation`: rank correlation of GradMag(t) and -log P(token t) within a response, mean over responses.
+    """
     positions = record["total"].shape[0]
     chunks = (
         np.concatenate([records["total"], records["kind"].transpose(0, 2, 1).reshape(len(records), -1)], axis=1)
+        for records in read_records(path, record)
+    )
+    correlations = (
+        np.array([[rank_correlation(row["total"], -row["logprob"])] for row in records])
         for records in read_records(path, record)
     )
     names = ("total", *kind_names)
@@ -155,6 +169,7 @@ def gradient_report(path: Path, record: np.dtype, total: int, kind_names: list[s
         "n": total,
         "total": band(total_means, options).to_dict(),
         "kinds": {name: band(by_name[name], options).to_dict() for name in kind_names},
+        "surprise_correlation": _number(*_first(bootstrap_means(correlations, total, options)), options),
         "late_over_early": _number(*_window(total_means, (LATE, EARLY)), options),
     }
 
@@ -193,6 +208,19 @@ def _window(means: Means, windows: tuple[tuple[int, int | None], ...]) -> tuple[
     return over(means.mean[None]), over(means.resampled)
 
 
+def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
+    """Spearman's correlation of two series with gaps (NaN, in both alike), without ties; NaN below three values."""
+    there = ~np.isnan(first)
+    if there.sum() < 3:
+        return np.nan
+    ranks = [values[there].argsort().argsort() for values in (first, second)]
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _first(means: Means) -> tuple[np.ndarray, np.ndarray]:
+    return means.mean[:1], means.resampled[:, 0]
+
+
 def _number(value: np.ndarray, resampled: np.ndarray, options: BootstrapOptions) -> Number:
     """A measured number with its band; None where it does not exist."""
     known = resampled[np.isfinite(resampled)]
@@ -201,10 +229,10 @@ def _number(value: np.ndarray, resampled: np.ndarray, options: BootstrapOptions)
     return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
 
-def _position(kl: Means, options: BootstrapOptions) -> Number:
-    """Where KL first falls below a tenth; "never" sorts last and is None."""
-    resampled = np.where(np.isnan(found := first_below(kl.resampled)), np.inf, found)
-    value = first_below(kl.mean[None])[0]
+def _position(rule: Callable[[np.ndarray], np.ndarray], kl: Means, options: BootstrapOptions) -> Number:
+    """Where KL falls below a tenth by a rule; "never" sorts last and is None."""
+    resampled = np.where(np.isnan(found := rule(kl.resampled)), np.inf, found)
+    value = rule(kl.mean[None])[0]
     edges = np.quantile(resampled, options.quantiles, method="inverted_cdf")
     numbers = {"value": value, "low": edges[0], "high": edges[1]}
     return {name: float(number) if np.isfinite(number) else None for name, number in numbers.items()}

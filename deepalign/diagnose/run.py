@@ -11,6 +11,7 @@ resamples or figures cost seconds.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from deepalign.data.files import write_text_atomic
 from deepalign.diagnose.bootstrap import BootstrapOptions, Means
 from deepalign.diagnose.figures import write_figures
 from deepalign.diagnose.gradients import kinds, measure_gradients, measure_influence, measured_examples
-from deepalign.diagnose.page import write_page
+from deepalign.diagnose.page import HOW_TO_READ, write_page
 from deepalign.diagnose.positions import PositionOptions, analyse_positions
 from deepalign.diagnose.report import claims, gradient_report, group_report, influence_report
 from deepalign.diagnose.tokens import TokenNames
@@ -131,11 +132,17 @@ def diagnose(
         series.insert(1, Series(CONTRASTIVE, series[0].path, options.contrast))
     run = _Run(series, base, tokenizer, contexts, out, options, dtype, torch.device(device), progress)
     report = run.measure()
-    report["data"] = dict(described or {})
-    write_text_atomic(out / "report.json", json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    report |= {"data": dict(described or {}), "reading": list(HOW_TO_READ)}
+    write_text_atomic(out / "report.json", report_text(report))
     figures = write_figures(report, out / "figures")
     write_page(report, figures, out / "report.html")
     return report
+
+
+def report_text(report: Mapping[str, Any]) -> str:
+    """The report as JSON with a line per list of numbers."""
+    text = json.dumps(report, indent=1, ensure_ascii=False, allow_nan=False)
+    return re.sub(r"\[[^\[\]{}\"]*\]", lambda numbers: " ".join(numbers[0].split()), text) + "\n"
 
 
 class _Run:

@@ -114,7 +114,7 @@ def _contrastive_figure(report: Report, folder: Path, first: str) -> FigureFile:
 
 
 def _statistics_figure(report: Report, folder: Path) -> FigureFile:
-    figure, panels = _panels(4, 2, (9.6, 12.0))
+    figure, panels = _panels(4, 2, (9.6, 11.0))
     names = list(report["series"])
     for axes, statistic in zip(panels, TITLES, strict=False):
         _draw_statistic(axes, report, statistic, names, log=statistic in ("kl", "reverse_kl"))

@@ -38,7 +38,8 @@ figure { margin: 1.4rem 0 2rem; }
 figure img { width: 100%; height: auto; display: block; }
 figcaption { color: var(--faint); font-size: .9rem; max-width: 48rem; margin-top: .4rem; }
 figcaption b { color: var(--ink); }
-.bands { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 0 1.6rem; }
+.bands { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: 0 1.6rem; }
+h3 { font-size: 1rem; margin: .8rem 0 0; }
 .agrees::before { content: "\\2713\\00a0"; } .disagrees::before { content: "\\2717\\00a0"; }
 .disagrees { font-weight: 700; }
 details { margin: .6rem 0; } summary { cursor: pointer; }
@@ -47,6 +48,7 @@ pre { background: var(--wash); padding: .8rem; overflow-x: auto; font-size: .8re
   body { font-size: 10pt; max-width: none; padding: 0; }
   h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
   .scroll { overflow: visible; } table { font-size: 8.5pt; }
+  .bands { grid-template-columns: repeat(3, 1fr); gap: 0 1rem; } .bands table { font-size: 8pt; }
 }
 """
 

@@ -26,7 +26,7 @@ from deepalign.data.files import write_text_atomic
 from deepalign.diagnose.rows import STATISTICS, RowStatistics
 from deepalign.sampling.batch_run import locked, settings_path
 
-READ_AT_ONCE = 256  # records
+READ_AT_ONCE = 64  # records
 
 
 def record_type(positions: int, top_k: int) -> np.dtype:

@@ -1,10 +1,5 @@
-"""Position by position, on given answers and step by step, against float64; files that survive a kill."""
+"""Position by position, on given answers and step by step, against float64; files that go on where they were."""
 
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -123,37 +118,6 @@ def test_a_complete_file_is_not_measured_again(tmp_path, monkeypatch):
     before = analyse(models, tmp_path / "r")
     monkeypatch.setattr(positions_module, "measure_responses", None)
     assert analyse(models, tmp_path / "r").tobytes() == before.tobytes()
-
-
-def test_a_killed_run_goes_on(tmp_path):
-    """Killed for good while it measures; the batches that were there stay, the rest is measured."""
-    code = (
-        "import sys, time, pathlib\n"
-        "from tests.diagnose import test_positions as t\n"
-        "from deepalign.diagnose import positions\n"
-        "measure = positions.measure_responses\n"
-        "def slow(*a):\n"
-        "    time.sleep(0.5)\n"
-        "    return measure(*a)\n"
-        "positions.measure_responses = slow\n"
-        "t.analyse(t.make_models('llama'), pathlib.Path(sys.argv[1]), t.OPTIONS, t.CONTEXTS * 3)\n"
-    )
-    path, root = tmp_path / "r", Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    process = subprocess.Popen([sys.executable, "-c", code, str(path)], env=environment)
-    deadline = time.monotonic() + 120
-    while not (path.exists() and path.stat().st_size > 0):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    before = path.read_bytes()
-    models = make_models("llama")
-    whole = analyse(models, tmp_path / "whole", contexts=CONTEXTS * 3).tobytes()
-    assert 0 < len(before) < len(whole)
-    assert analyse(models, path, contexts=CONTEXTS * 3).tobytes() == whole
-    assert whole.startswith(before)
 
 
 @pytest.mark.parametrize(

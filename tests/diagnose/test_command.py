@@ -1,0 +1,267 @@
+"""`deepalign diagnose` from models and prompts to a page: its form, its numbers, its errors, its resumption."""
+
+import html.parser
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from deepalign.cli import main
+from deepalign.diagnose import positions as positions_module
+from deepalign.diagnose.cli import named_models
+from deepalign.diagnose.records import read_records, record_type
+from deepalign.diagnose.report import rank_correlation
+from deepalign.diagnose.rows import STATISTICS
+from tests.diagnose import oracle
+from tests.tiny import WORDS, make_model, make_tokenizer
+
+ROWS, POSITIONS = 5, 20
+FIGURES = ["fig1_positions", "fig2_tokens", "fig3_contrastive", "statistics", "gradients", "influence"]
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
+    for seed, name in enumerate(("aligned", "base", "completed")):
+        make_model(seed, tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for name, shift in (("harmful", 0), ("benign", 9)):
+        rows = [
+            {"prompt": f"w{i} w{i + shift}", "completion": " ".join(WORDS[i + shift : i + shift + 17 + i % 3])}
+            for i in range(ROWS)
+        ]
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(models: Path, data: Path, out: Path, *more: str) -> list[str]:
+    names = ["--aligned", str(models / "aligned"), "--aligned", f"after={models / 'completed'}"]
+    files = ["--harmful", str(data / "harmful.jsonl"), "--benign", str(data / "benign.jsonl")]
+    sizes = ["--positions", str(POSITIONS), "--top-n", "10", "--top-k", "4", "--batch-size", "2", "--resamples", "50"]
+    command = ["diagnose", *names, "--base", str(models / "base"), *files, "--out", str(out)]
+    return [*command, *sizes, "--no-progress", *more]
+
+
+EVERYTHING = ("--contrast", "1.5", "--gradients", "2", "--influence", "2")
+
+
+@pytest.fixture(scope="module")
+def out(models: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("out")
+    assert main(arguments(models, data, out, *EVERYTHING)) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def report(out: Path) -> dict:
+    return json.loads((out / "report.json").read_text())
+
+
+def test_the_report_says_what_was_measured(report, models):
+    assert list(report["series"]) == ["aligned", "contrastive", "after"]
+    assert report["series"]["after"]["model"] == str(models / "completed")
+    assert report["series"]["contrastive"]["contrast"] == [1.5, "logits"]
+    assert {"deepalign", "torch", "transformers", "numpy"} <= report["versions"].keys()
+    assert report["settings"]["positions"]["vocab_size"] == len(make_tokenizer())
+    assert len(report["reading"]) >= 3
+    for series in report["series"].values():
+        for group in ("harmful", "benign"):
+            found = series["groups"][group]
+            assert found["n"] == ROWS
+            assert found["profiles"].keys() == set(STATISTICS)
+            assert found["profiles"]["kl"]["position"] == list(range(1, POSITIONS + 1))
+            assert [band["positions"] for band in found["tokens"]] == ["1-3", "4-15", "16+", "1+"]
+    assert {claim["verdict"] for claim in report["claims"]} <= {"agrees", "disagrees", "undecided", "not measured"}
+    assert len(report["claims"]) == 8
+    assert report["series"]["after"]["gradients"]["n"] == 2
+    assert "gradients" not in report["series"]["contrastive"]
+
+
+def test_the_reports_means_equal_float64(report, models, data):
+    tokenizer = make_tokenizer()
+    aligned, base = (make_model(seed, tokenizer).eval().double() for seed in (0, 1))
+    rows = [json.loads(line) for line in (data / "benign.jsonl").read_text().splitlines()]
+    profiles = report["series"]["aligned"]["groups"]["benign"]["profiles"]
+    for t in (0, 7, 18):
+        values = []
+        for row in rows:
+            prompt = tokenizer(f"<user> {row['prompt']} </s> <assistant>", add_special_tokens=False)["input_ids"]
+            answer = tokenizer(f"{row['completion']} </s>", add_special_tokens=False)["input_ids"]
+            if t < len(answer):
+                pair = oracle.compared(aligned, base, prompt + answer[:t], len(tokenizer), None)
+                values.append(oracle.statistics(*pair, 10))
+        for name in STATISTICS:
+            expected = sum(value[name] for value in values) / len(values)
+            assert profiles[name]["mean"][t] == pytest.approx(expected, rel=1e-4), (name, t)
+            assert profiles[name]["n"][t] == len(values)
+            assert profiles[name]["low"][t] <= profiles[name]["mean"][t] * 1.0001 + 1e-9
+
+
+def test_the_verdict_follows_from_the_profile(report):
+    for series in report["series"].values():
+        found = series["groups"]["harmful"]
+        means, verdict = found["profiles"]["kl"]["mean"], found["verdict"]
+        below = [t for t, mean in enumerate(means, start=1) if mean < means[0] / 10]
+        assert verdict["below_tenth"]["value"] == (below[0] if below else None)
+        assert verdict["kl_first"]["value"] == pytest.approx(means[0])
+        assert verdict["kl_early"]["value"] == pytest.approx(sum(means[:3]) / 3)
+        assert verdict["kl_late"]["value"] == pytest.approx(sum(means[15:]) / len(means[15:]))
+
+
+def test_error_is_the_sum_of_influence_times_kl(out, report):
+    """Eq. 4, context by context, with the KL that was measured on the same ids."""
+    shape = {"answer": (POSITIONS, POSITIONS), "prompt": (POSITIONS,), "error": (POSITIONS,)}
+    record = np.dtype([(name, "<f8", size) for name, size in shape.items()])
+    influences = np.fromfile(out / "records" / "aligned.harmful.influence", dtype=record)
+    measured = next(read_records(out / "records" / "aligned.harmful.records", record_type(POSITIONS, 4)))
+    assert len(influences) == 2
+    for found, rows in zip(influences, measured, strict=False):
+        length = rows["length"]
+        expected = [sum(rows["kl"][i] * found["answer"][t, i] for i in range(t)) for t in range(length)]
+        assert found["error"][:length].tolist() == pytest.approx(expected)
+        assert expected[1] > 0
+    mean = np.nanmean(influences["error"], axis=0)
+    assert report["series"]["aligned"]["influence"]["error"]["mean"] == pytest.approx(mean[~np.isnan(mean)].tolist())
+
+
+def test_every_figure_is_a_picture(out):
+    for name in FIGURES:
+        image = matplotlib.image.imread(out / "figures" / f"{name}.png")
+        assert image.shape[1] >= 1400
+        assert len({tuple(pixel) for pixel in image[::7, ::7, :3].reshape(-1, 3).tolist()}) > 10
+
+
+class Page(html.parser.HTMLParser):
+    """Counts tags, checks that they close, and collects what would be loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.loaded: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag, attrs):
+        self.loaded += [value for name, value in attrs if name in ("src", "href") and value]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_page_is_whole_and_loads_nothing(out, report):
+    content = (out / "report.html").read_text()
+    page = Page()
+    page.feed(content)
+    assert page.open == []
+    assert len(page.loaded) == len(FIGURES)
+    assert all(source.startswith("data:image/png;base64,") for source in page.loaded)
+    assert "<script" not in content
+    assert "http" not in re.sub(r"base64,[A-Za-z0-9+/=]*", "", content)
+    for words in ("Verdict in numbers", "How to read it", "Against the paper", "after", "contrastive"):
+        assert words in page.text
+    assert f"{report['series']['aligned']['groups']['harmful']['verdict']['kl_first']['value']:.3g}" in page.text
+
+
+def test_run_again_nothing_is_measured_and_nothing_changes(models, data, out, monkeypatch):
+    before = (out / "report.json").read_text()
+    monkeypatch.setattr(positions_module, "measure_responses", None)
+    assert main(arguments(models, data, out, *EVERYTHING)) == 0
+    assert (out / "report.json").read_text() == before
+
+
+def test_a_killed_command_ends_with_the_same_report(models, data, out, tmp_path):
+    code = (
+        "import sys, time\n"
+        "from deepalign.diagnose import positions\n"
+        "measure = positions.measure_responses\n"
+        "positions.measure_responses = lambda *a: (time.sleep(0.3), measure(*a))[1]\n"
+        "from deepalign.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, *arguments(models, data, tmp_path, *EVERYTHING)]
+    root = Path(__file__).parents[2]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
+    started, deadline = tmp_path / "records" / "aligned.benign.records", time.monotonic() + 120
+    while not (started.exists() and started.stat().st_size > 0):
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "report.json").exists()
+    assert main(arguments(models, data, tmp_path, *EVERYTHING)) == 0
+    found, expected = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, out))
+    assert found["series"] == expected["series"]
+
+
+def test_generated_responses_and_forced_prefixes(models, data, tmp_path, capsys):
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"w{i}"}) + "\n" for i in range(3)))
+    command = ["diagnose", "--aligned", str(models / "aligned"), "--base", str(models / "base"), "--no-progress"]
+    command += ["--harmful", str(prompts), "--positions", "6", "--generate", "--prefix", "w5 w6", "--prefix", "w7"]
+    assert main([*command, "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert list(report["series"]["aligned"]["groups"]) == ["harmful"]
+    assert report["series"]["aligned"]["groups"]["harmful"]["n"] == 6
+    assert report["series"]["aligned"]["groups"]["harmful"]["forced"] == 2
+    assert report["settings"]["positions"]["top_n"] == len(make_tokenizer())
+    assert report["data"]["forced prefixes, harmful"] == "w5 w6; w7"
+    printed = capsys.readouterr().out
+    assert "aligned, harmful (n = 6): KL" in printed
+    assert "report.html" in printed
+
+
+def refused(capsys, *command: str) -> str:
+    assert main(list(command)) == 2
+    return capsys.readouterr().err
+
+
+def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, capsys):
+    good = arguments(models, data, tmp_path / "out")
+    assert "two aligned models are called 'after'" in refused(capsys, *good, "--aligned", "after=x")
+    assert "'base' of an aligned model cannot be used" in refused(capsys, *good, "--aligned", f"base={models / 'base'}")
+    assert "nowhere does not exist" in refused(capsys, *good, "--aligned", f"n={tmp_path / 'nowhere'}")
+    assert "harmful.jsonl: row 0" in refused(capsys, *good, "--prefix", " ")
+    assert "alpha must be above 0" in refused(capsys, *good, "--contrast", "0")
+    assert "--limit must be at least 1" in refused(capsys, *good, "--limit", "0")
+    assert "do not fit the models' context of 64" in refused(capsys, *good, "--positions", "64", "--generate")
+    assert "gradients must be at least 0" in refused(capsys, *good, "--gradients", "-1")
+    assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.records"))
+    assert "other settings (options" in refused(capsys, *arguments(models, data, out, "--top-k", "5"))
+    with pytest.raises(SystemExit, match="0"):
+        main(["diagnose", "--help"])
+    assert "--harmful" in capsys.readouterr().out
+
+
+def test_names_of_models():
+    assert named_models(["a/b", "after=c", "d/e"]) == {"aligned": "a/b", "after": "c", "e": "d/e"}
+    assert named_models(["x/y=z"]) == {"aligned": "x/y=z"}
+
+
+def test_rank_correlation():
+    nan = float("nan")
+    assert rank_correlation(*map(as_array, ([1, 5, 2, nan], [10, 30, 20, nan]))) == pytest.approx(1)
+    assert rank_correlation(*map(as_array, ([1, 5, 2, 9], [4, 2, 3, 1]))) == pytest.approx(-1)
+    assert rank_correlation(*map(as_array, ([1, 2, nan], [4, 2, nan]))) != 0
+
+
+def as_array(values):
+    return np.array(values, dtype=float)

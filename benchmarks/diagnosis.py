@@ -6,8 +6,9 @@ Both get the same bf16 hidden states and heads, and both end with the same numbe
 base-favored tokens of every row.
 
     ours          `measure_rows` and the record of every answer, written and synced to disk; a batch of 8 answers
-    eager         logits of both models for one answer, bf16 products converted to float32, then the formulas in as few
-                  passes as torch has: no special cases, no ties to the lowest index
+    eager         logits of both models for one answer, bf16 products converted to float32 (the fastest; its rounding
+                  shows in the numbers), then the formulas in as few passes as torch has: no special cases, no ties to
+                  the lowest index
     eager_blocks  the same over 8 rows at a time, whose temporaries stay in cache
 
 Rounds interleave the contestants in one process, one batch of answers each, memory kept (`benchmarks/allocator.py`).
@@ -97,15 +98,19 @@ def per_answer(function: Any, hidden: tuple[Tensor, Tensor], heads: tuple[Output
     return RowStatistics(*(torch.cat(parts) for parts in zip(*found, strict=True)))
 
 
-def check(ours: RowStatistics, theirs: RowStatistics) -> None:
-    """Both sides computed the same thing, up to bf16 logits."""
+def check(
+    ours: RowStatistics, theirs: RowStatistics, hidden: tuple[Tensor, Tensor], heads: tuple[OutputHead, OutputHead]
+) -> dict[str, float]:
+    """Compare the first answer's KL with that of float32 logits; returns the largest errors of both sides, in nats."""
+    a_NV, b_NV = (F.linear(h[:POSITIONS].float(), head.lm_head.float()) for h, head in zip(hidden, heads, strict=True))
+    exact = formulas(a_NV, b_NV)
     for name in ("kl", "reverse_kl", "jsd"):
-        left, right = getattr(ours, name), getattr(theirs, name)
-        assert torch.allclose(left, right, rtol=0.05, atol=1e-3), (name, (left - right).abs().max())
-    shared = [
-        len(set(a.tolist()) & set(b.tolist())) for a, b in zip(ours.favored_tokens, theirs.favored_tokens, strict=True)
-    ]
-    assert min(shared) > 0.8 * TOP, min(shared)
+        assert torch.allclose(getattr(ours, name)[:POSITIONS], getattr(exact, name), rtol=1e-3, atol=1e-4), name
+    counts = ours.favored_in_base_top[:POSITIONS] - exact.favored_in_base_top  # two products round their sums otherwise
+    assert counts.abs().max() <= 1, counts.abs().max()
+    return {
+        name: float((side.kl[:POSITIONS] - exact.kl).abs().max()) for name, side in (("ours", ours), ("eager", theirs))
+    }
 
 
 def measure(hidden_size: int, threads: int, answer_count: int, everybody: list[str]) -> dict[str, Any]:
@@ -141,7 +146,7 @@ def measure(hidden_size: int, threads: int, answer_count: int, everybody: list[s
                 if start >= 0:
                     seconds[name].append(time.perf_counter() - began)
             if start < 0:
-                check(found["ours"], found["eager"])
+                errors = check(found["ours"], found["eager"], hidden, heads)
     return {
         "answers": answer_count,
         "positions": POSITIONS,
@@ -149,6 +154,7 @@ def measure(hidden_size: int, threads: int, answer_count: int, everybody: list[s
         "hidden": hidden_size,
         "dtype": "bfloat16",
         **row_environment("cpu" if cpu_isa() else "reference", "cpu"),
+        "largest_kl_error_nats": errors,
         "total_s": {name: sum(values) for name, values in seconds.items()},
         "ms_per_row": {name: 1e3 * sum(values) / (answer_count * POSITIONS) for name, values in seconds.items()},
         "ratio_p10_median_p90": {

@@ -12,7 +12,10 @@ BENCH_FLAGS ?=
 # Instruction sets under which the native kernels are tested, where the processor has them.
 ISAS ?= avx512 avx2 portable
 
-.PHONY: help install demo test test-isas check bench sanitize clean
+# Versions of torch that the built wheel is tried with.
+TORCHES ?= 2.13.0 2.11.0
+
+.PHONY: help install demo test test-isas check bench sanitize package clean
 .PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
@@ -20,6 +23,7 @@ help:
 	@echo "make check     ruff and mypy"
 	@echo "make bench     benchmarks (CPU); results, table and plot in benchmarks/results/"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
+	@echo "make package   sdist and wheel, tried in new environments with torch $(TORCHES)"
 	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
 	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler and gpu-rest,"
 	@echo "               minutes each; results in benchmarks/results/"
@@ -73,6 +77,10 @@ sanitize: $(READY)
 		LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
 		$(BIN)/python -m pytest -o pythonpath="build/sanitized/lib ." tests/kernels $(NATIVE_TESTS) $(PYTEST_FLAGS) || exit 1; \
 	done
+
+package: $(READY)
+	@echo "== the wheel, built from the source distribution, in new environments with torch $(TORCHES)"
+	$(BIN)/python -m tests.clean_install --torch $(TORCHES) --pip-flags "$(PIP_FLAGS)"
 
 # Triton decides at its first import whether it interprets, hence processes of their own.
 triton: $(READY)

@@ -15,13 +15,14 @@ ISAS ?= avx512 avx2 portable
 # Versions of torch that the built wheel is tried with.
 TORCHES ?= 2.13.0 2.11.0
 
-.PHONY: help install demo test test-isas check bench sanitize package clean
+.PHONY: help install demo test test-isas check bench docs sanitize package clean
 .PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
 	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     benchmarks (CPU); results, table and plot in benchmarks/results/"
+	@echo "make docs      docs/api.md, the API reference, from the docstrings"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make package   sdist and wheel, tried in new environments with torch $(TORCHES)"
 	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
@@ -102,6 +103,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: $(READY)
+	$(BIN)/python docs/make_api.py
 
 bench: $(READY) $(NATIVE)
 	@echo "== benchmarks (CPU); results in benchmarks/results/"

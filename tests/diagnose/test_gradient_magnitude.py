@@ -151,6 +151,16 @@ def test_a_matrix_used_outside_its_module_is_formed(monkeypatch):
     assert "model.layers.1.self_attn.o_proj.weight" not in result.formed
 
 
+def test_a_tied_matrix_with_a_third_use_is_formed_from_both_sides(monkeypatch):
+    monkeypatch.setattr(implementation, "SMALL", 0)
+    model = make_model("llama tied")
+    weight = model.lm_head.weight
+    model.model.norm.register_forward_hook(lambda module, args, output: output + output @ weight[:32])
+    result, error = errors(model)
+    assert error < 1e-9
+    assert "model.embed_tokens.weight" in result.formed
+
+
 class _Unbatchable(torch.autograd.Function):
     """Identity whose backward needs plain memory, as foreign kernels do."""
 

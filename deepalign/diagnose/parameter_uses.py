@@ -1,10 +1,10 @@
 """Norms of parameter gradients without the gradients: which operations use a parameter, and what they saw.
 
 A matrix used once, as y = x W^T over n positions, has for token t the gradient G_t = delta_t^T x, delta_t (n, out) the
-gradient in y. Its norm needs no (out, in) matrix: with x^T = Q R (QR decomposition, R (n, n)), ‖G_t‖ = ‖R delta_t‖,
-because Q has orthonormal columns. R belongs to the forward, so all tokens share it, and a token costs n² out products
-instead of n in out. Where n >= in, R is x^T itself. (The Gram form, the sum of (delta_i · delta_j)(x_i · x_j), costs the
-same but squares: with one large common direction in x, which language models have, it cancels in float32.)
+gradient in y. Its norm needs no (out, in) matrix: with the QR decomposition x^T = Q R, ‖G_t‖ = ‖R delta_t‖, R (n, n),
+as Q has orthonormal columns. R belongs to the forward, so all tokens share it, and a token costs n² out products
+instead of n in out. Where n >= in, R is x^T itself. (The Gram form, the sum of (delta_i · delta_j)(x_i · x_j), costs as
+much but squares: with one large common direction in x, which language models have, it cancels in float32.)
 
 Forwards run under `ParameterUses`, which sees every `linear`, `addmm` and `embedding` that reads a measured parameter,
 in whatever module. Whether it saw all uses is not assumed but counted in the autograd graph. A parameter with a use it

@@ -26,6 +26,7 @@ from deepalign.diagnose.position_profile import profiles_by_position
 from deepalign.evaluate.generation import Contrast
 from deepalign.evaluate.prefill import prefill_attack
 from deepalign.kernels.contrastive_sample import Space
+from deepalign.microworld.diagnosis import diagnosis_files
 from deepalign.microworld.judge import RecipeJudge
 from deepalign.microworld.pretrain import AlignedConfig, BaseConfig, train_aligned, train_base
 from deepalign.microworld.report import seed_table, write_report
@@ -133,6 +134,7 @@ class SeedRun:
             self._evaluate(name) for name in ("base", "aligned", "contrastive", COMPLETED, *self.settings.ablations)
         ]
         profiles = self._profile()
+        diagnosis_files(self.world, self.folder / "data", self.settings.evaluation.attacks)
         completed = json.loads((self._model(COMPLETED).parent / "run.json").read_text(encoding="utf-8"))
         return {
             "world_size": completed["world_size"],

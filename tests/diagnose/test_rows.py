@@ -132,3 +132,13 @@ def test_bad_options_are_refused():
     first, second = pair(torch.float32)
     with pytest.raises(ValueError, match="rows"):
         measure_rows(first, second._replace(hidden_NH=second.hidden_NH[:2]), RowOptions(TOP_N))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("contrast", [None, (1.5, "logits")])
+def test_a_gpu_says_what_the_cpu_says(contrast):
+    models = pair(torch.bfloat16, vocab=4096)
+    on_gpu = [ModelRows(m.hidden_NH.cuda(), dataclasses.replace(m.head, lm_head=m.head.lm_head.cuda())) for m in models]
+    options = RowOptions(TOP_N, TOP_K, contrast=contrast)
+    for left, right in zip(measure_rows(*on_gpu, options), measure_rows(*models, options), strict=True):
+        assert torch.allclose(left.cpu(), right, rtol=1e-3, atol=1e-4)

@@ -112,19 +112,41 @@ Args pair_of_models(const Tensor& aligned, const Tensor& base, int64_t vocab_siz
   return args;
 }
 
+struct DivergenceOutputs {
+  Tensor kl, reverse_kl, jsd, overlap, count, in_top;
+};
+
+DivergenceOutputs divergence_outputs(PositionDivergenceArgs& args, const Tensor& like, int64_t top_n) {
+  check_top("top_n", top_n, args.vocab_size);
+  args.top_n = top_n;
+  DivergenceOutputs out{empty(like, {args.rows}, ScalarType::Float), empty(like, {args.rows}, ScalarType::Float),
+                        empty(like, {args.rows}, ScalarType::Float), empty(like, {args.rows}, ScalarType::Float),
+                        empty(like, {args.rows}, ScalarType::Long),  empty(like, {args.rows}, ScalarType::Long)};
+  args.kl = data<float>(out.kl), args.reverse_kl = data<float>(out.reverse_kl), args.jsd = data<float>(out.jsd);
+  args.top_overlap = data<float>(out.overlap), args.favored_count = data<int64_t>(out.count);
+  args.favored_in_top = data<int64_t>(out.in_top);
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> position_divergence(Tensor aligned, Tensor base, int64_t top_n,
                                                                                int64_t vocab_size) {
   auto args = pair_of_models<PositionDivergenceArgs>(aligned, base, vocab_size);
-  check_top("top_n", top_n, vocab_size);
-  args.top_n = top_n;
-  Tensor kl = empty(aligned, {args.rows}, ScalarType::Float), reverse_kl = empty(aligned, {args.rows}, ScalarType::Float);
-  Tensor jsd = empty(aligned, {args.rows}, ScalarType::Float), overlap = empty(aligned, {args.rows}, ScalarType::Float);
-  Tensor count = empty(aligned, {args.rows}, ScalarType::Long), in_top = empty(aligned, {args.rows}, ScalarType::Long);
-  args.kl = data<float>(kl), args.reverse_kl = data<float>(reverse_kl), args.jsd = data<float>(jsd);
-  args.top_overlap = data<float>(overlap), args.favored_count = data<int64_t>(count);
-  args.favored_in_top = data<int64_t>(in_top);
+  const DivergenceOutputs out = divergence_outputs(args, aligned, top_n);
   kernels().position_divergence(args, parallel());
-  return {kl, reverse_kl, jsd, overlap, count, in_top};
+  return {out.kl, out.reverse_kl, out.jsd, out.overlap, out.count, out.in_top};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> position_statistics(
+    Tensor aligned, Tensor base, int64_t top_n, int64_t top_k, int64_t vocab_size) {
+  auto args = pair_of_models<PositionDivergenceArgs>(aligned, base, vocab_size);
+  const DivergenceOutputs out = divergence_outputs(args, aligned, top_n);
+  check_top("top_k", top_k, vocab_size);
+  args.top_k = top_k;
+  Tensor in_base_top = empty(aligned, {args.rows}, ScalarType::Long);
+  Tensor tokens = empty(aligned, {args.rows, top_k}, ScalarType::Long);
+  args.favored_in_base_top = data<int64_t>(in_base_top), args.favored_tokens = data<int64_t>(tokens);
+  kernels().position_statistics(args, parallel());
+  return {out.kl, out.reverse_kl, out.jsd, out.overlap, out.count, out.in_top, in_base_top, tokens};
 }
 
 std::tuple<Tensor, Tensor, Tensor> base_favored_tokens(Tensor aligned, Tensor base, int64_t top_k, int64_t vocab_size) {
@@ -197,6 +219,7 @@ STABLE_TORCH_LIBRARY_IMPL(deepalign, CPU, m) {
   m.impl("completion_loss", TORCH_BOX(&deepalign::completion_loss_new));
   m.impl("completion_loss_", TORCH_BOX(&deepalign::completion_loss_into));
   m.impl("position_divergence", TORCH_BOX(&deepalign::position_divergence));
+  m.impl("position_statistics", TORCH_BOX(&deepalign::position_statistics));
   m.impl("base_favored_tokens", TORCH_BOX(&deepalign::base_favored_tokens));
   m.impl("contrastive_sample", TORCH_BOX(&deepalign::contrastive_sample));
   m.impl("gemm_bf16_", TORCH_BOX(&deepalign::gemm_bf16_into));

@@ -10,13 +10,15 @@
 // all entries are.
 #pragma once
 
+#include <algorithm>
+
 #include "row_math.h"
 
 namespace deepalign {
 namespace DEEPALIGN_ISA {
 
-// What pass 2 ranks entries by, and how many rankings that makes.
-constexpr int kByDifference = 1, kByModel = 2;
+// What pass 2 ranks entries by, and how many rankings that makes: d; a and b; a, b and d.
+constexpr int kByDifference = 1, kByModel = 2, kByAll = 3;
 
 // A row's sums, relative to its offsets.
 struct PairSums {
@@ -45,7 +47,8 @@ struct PairAccumulators {
   }
   DEEPALIGN_INLINE void rank(Float xa, Float xb, Float difference, Float Pair::* half) {
     largest[0].*half = max(kRankings == kByDifference ? difference : xa, largest[0].*half);
-    if (kRankings == kByModel) largest[kRankings - 1].*half = max(xb, largest[kRankings - 1].*half);
+    if constexpr (kRankings >= kByModel) largest[1].*half = max(xb, largest[1].*half);
+    if constexpr (kRankings == kByAll) largest[2].*half = max(difference, largest[2].*half);
   }
 };
 
@@ -223,9 +226,11 @@ class PairWork {
   using Args = typename Row::Args;
   using Part = typename Row::Part;
 
-  PairWork(const Args& args, int64_t vocab_size, int64_t top)
-      : args_(args), top_(top), cut_(vocab_size, std::max<int64_t>(512, 4 * top)),
-        maxima_(Row::kRankings, GroupMaxima(cut_)), candidates_(Row::kRankings, Candidates(top, false)) {}
+  PairWork(const Args& args, int64_t vocab_size, const std::vector<int64_t>& tops)
+      : args_(args), tops_(tops), cut_(vocab_size, std::max<int64_t>(512, 4 * *std::max_element(tops.begin(), tops.end()))),
+        maxima_(Row::kRankings, GroupMaxima(cut_)) {
+    for (const int64_t top : tops) candidates_.emplace_back(top, false);
+  }
 
   void row(int64_t index, const Parallel* parallel) {
     Row row(args_, cut_, index);
@@ -234,7 +239,7 @@ class PairWork {
       if (!row.pair.bad) row.pair.conclude(scan(row, parallel));
     }
     if (row.pair.bad) return row.write_bad();
-    for (size_t r = 0; r < maxima_.size(); ++r) candidates_[r].reset(maxima_[r].bound(top_));
+    for (size_t r = 0; r < maxima_.size(); ++r) candidates_[r].reset(maxima_[r].bound(tops_[r]));
     const Part part = collect(row, parallel);
     for (Candidates& ranking : candidates_) ranking.finish();
     row.finish(part, candidates_);
@@ -269,22 +274,22 @@ class PairWork {
   }
 
   const Args& args_;
-  const int64_t top_;
+  const std::vector<int64_t> tops_;  // how many largest, per ranking
   const Cut cut_;
   std::vector<GroupMaxima> maxima_;
   std::vector<Candidates> candidates_;
 };
 
 template <class Row>
-void work_on_rows(const typename Row::Args& args, int64_t top, const Parallel& parallel) {
+void work_on_rows(const typename Row::Args& args, const std::vector<int64_t>& tops, const Parallel& parallel) {
   // Rows that come out even over the threads are shared row by row, the rest within the row.
   const int64_t whole = args.rows - args.rows % parallel.threads;
   parallel(whole, [&](int64_t first, int64_t last) {
-    PairWork<Row> work(args, args.vocab_size, top);
+    PairWork<Row> work(args, args.vocab_size, tops);
     for (int64_t row = first; row < last; ++row) work.row(row, nullptr);
   });
   if (whole == args.rows) return;
-  PairWork<Row> work(args, args.vocab_size, top);
+  PairWork<Row> work(args, args.vocab_size, tops);
   for (int64_t row = whole; row < args.rows; ++row) work.row(row, &parallel);
 }
 
@@ -348,9 +353,9 @@ void BaseFavoredRow<T>::write(int64_t count, int64_t index, float difference) co
 
 inline void base_favored_tokens(const BaseFavoredTokensArgs& args, const Parallel& parallel) {
   switch (args.dtype) {
-    case Dtype::kFloat: return work_on_rows<BaseFavoredRow<float>>(args, args.top_k, parallel);
-    case Dtype::kBFloat16: return work_on_rows<BaseFavoredRow<BFloat16>>(args, args.top_k, parallel);
-    case Dtype::kHalf: return work_on_rows<BaseFavoredRow<Half>>(args, args.top_k, parallel);
+    case Dtype::kFloat: return work_on_rows<BaseFavoredRow<float>>(args, {args.top_k}, parallel);
+    case Dtype::kBFloat16: return work_on_rows<BaseFavoredRow<BFloat16>>(args, {args.top_k}, parallel);
+    case Dtype::kHalf: return work_on_rows<BaseFavoredRow<Half>>(args, {args.top_k}, parallel);
   }
 }
 

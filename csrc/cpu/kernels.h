@@ -49,6 +49,9 @@ struct PositionDivergenceArgs {
   Logits aligned, base;
   float *kl, *reverse_kl, *jsd, *top_overlap;
   int64_t *favored_count, *favored_in_top;
+  // Of position_statistics only; rows x top_k tokens.
+  int64_t top_k;
+  int64_t *favored_in_base_top, *favored_tokens;
 };
 
 struct BaseFavoredTokensArgs {
@@ -90,6 +93,7 @@ struct GemmArgs {
 struct Kernels {
   void (*completion_loss)(const CompletionLossArgs&, const Parallel&);
   void (*position_divergence)(const PositionDivergenceArgs&, const Parallel&);
+  void (*position_statistics)(const PositionDivergenceArgs&, const Parallel&);
   void (*base_favored_tokens)(const BaseFavoredTokensArgs&, const Parallel&);
   void (*contrastive_sample)(const ContrastiveSampleArgs&, const Parallel&);
   void (*gemm_bf16)(const GemmArgs&, const Parallel&);  // null where no instruction multiplies bfloat16

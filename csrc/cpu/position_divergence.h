@@ -9,6 +9,8 @@
 // No term of the JSD is negative, so nothing cancels: where models nearly agree, log 2 minus its usual terms would leave
 // only noise. S needs neither logarithm nor tanh: even, and smooth in u^2, it is a ratio of polynomials in u^2 from 0 to
 // where it is log(2) / 2.
+//
+// `position_statistics` does the same and ranks d too, in the same two passes: what a diagnosis asks of a row.
 #pragma once
 
 #include "base_favored_tokens.h"
@@ -78,11 +80,11 @@ struct DivergenceLaneSums {
   void add(const DivergenceAccumulators& sums) { a.add(sums.a), b.add(sums.b), shares.add(sums.shares); }
 };
 
-template <class T>
+template <class T, int kRanks>
 class PositionDivergenceRow {
  public:
   using Args = PositionDivergenceArgs;
-  static constexpr int kRankings = kByModel;
+  static constexpr int kRankings = kRanks;  // kByModel or kByAll
   struct Part {
     double a = 0, b = 0, shares = 0;
     int64_t favored = 0;
@@ -113,20 +115,21 @@ inline Exponential normalised(double log2_partition) {
   return Exponential(float(kLog2E), int(whole), float(std::exp2(whole - log2_partition)));
 }
 
-template <class T>
-DivergenceScan PositionDivergenceRow<T>::divergence_scan() const {
+template <class T, int kRanks>
+DivergenceScan PositionDivergenceRow<T, kRanks>::divergence_scan() const {
   const float threshold = float(pair.log_ratio);
   return {normalised(pair.log2_a), normalised(pair.log2_b),
           splat(pair.offsets.max_a), splat(pair.offsets.max_b),
           splat(threshold), splat(float(pair.log_ratio - threshold))};
 }
 
-template <class T>
-typename PositionDivergenceRow<T>::Part PositionDivergenceRow<T>::collect(
+template <class T, int kRanks>
+typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>::collect(
     int64_t segment, std::vector<Candidates>& candidates) const {
   const DivergenceScan scan = divergence_scan();
   const MaskPair all{all_lanes(), all_lanes()};
   Float bound_a = splat(candidates[0].bound()), bound_b = splat(candidates[1].bound());
+  [[maybe_unused]] Float bound_d = splat(candidates[kRanks - 1].bound());
   DivergenceLaneSums sums;
   int64_t favored = 0;
   for (int64_t begin = pair.cut.begin(segment); begin < pair.cut.end(segment); begin += pair.cut.block) {
@@ -139,6 +142,9 @@ typename PositionDivergenceRow<T>::Part PositionDivergenceRow<T>::collect(
       favored += count(MaskPair{scan.add(xa.first, xb.first, plain), scan.add(xa.second, xb.second, plain)});
       gather<T>(i, xa, all, candidates[0], bound_a);
       gather<T>(i, xb, all, candidates[1], bound_b);
+      if constexpr (kRanks == kByAll) {
+        gather<T>(i, Pair{xb.first - xa.first, xb.second - xa.second}, all, candidates[2], bound_d);
+      }
     }
     sums.add(plain);
     if (i == end) continue;
@@ -148,14 +154,17 @@ typename PositionDivergenceRow<T>::Part PositionDivergenceRow<T>::collect(
       favored += count(MaskPair{scan.add(x.a.first, x.b.first, mask.first, masked), scan.add(x.a.second, x.b.second, mask.second, masked)});
       gather<T>(i, x.a, mask, candidates[0], bound_a);
       gather<T>(i, x.b, mask, candidates[1], bound_b);
+      if constexpr (kRanks == kByAll) {
+        gather<T>(i, Pair{x.b.first - x.a.first, x.b.second - x.a.second}, mask, candidates[2], bound_d);
+      }
     }
     sums.add(masked);
   }
   return {sums.a.total(), sums.b.total(), sums.shares.total(), favored};
 }
 
-template <class T>
-void PositionDivergenceRow<T>::finish(const Part& part, const std::vector<Candidates>& candidates) const {
+template <class T, int kRanks>
+void PositionDivergenceRow<T, kRanks>::finish(const Part& part, const std::vector<Candidates>& candidates) const {
   const Candidates &top_a = candidates[0], &top_b = candidates[1];
   const float last = top_b.key(top_b.size() - 1), threshold = float(pair.log_ratio);
   const int32_t last_index = top_b.index(top_b.size() - 1);
@@ -173,20 +182,40 @@ void PositionDivergenceRow<T>::finish(const Part& part, const std::vector<Candid
   args_.top_overlap[row_] = float(double(shared) / double(top_a.size()));
   args_.favored_count[row_] = part.favored;
   args_.favored_in_top[row_] = favored;
+  if constexpr (kRanks == kByAll) {
+    int64_t in_base_top = 0;
+    for (int64_t i = 0; i < top_b.size(); ++i) in_base_top += top_b.key(i) - to_float(pair.a[top_b.index(i)]) > threshold;
+    args_.favored_in_base_top[row_] = in_base_top;
+    int64_t* tokens = args_.favored_tokens + row_ * args_.top_k;
+    for (int64_t i = 0; i < args_.top_k; ++i) tokens[i] = i < candidates[2].size() ? candidates[2].index(i) : -1;
+  }
 }
 
-template <class T>
-void PositionDivergenceRow<T>::write_bad() const {
+template <class T, int kRanks>
+void PositionDivergenceRow<T, kRanks>::write_bad() const {
   args_.kl[row_] = args_.reverse_kl[row_] = args_.jsd[row_] = args_.top_overlap[row_] = kNaN;
   args_.favored_count[row_] = args_.favored_in_top[row_] = 0;
+  if constexpr (kRanks == kByAll) {
+    args_.favored_in_base_top[row_] = 0;
+    std::fill_n(args_.favored_tokens + row_ * args_.top_k, args_.top_k, -1);
+  }
+}
+
+template <int kRanks>
+void divergence_of_rows(const PositionDivergenceArgs& args, const std::vector<int64_t>& tops, const Parallel& parallel) {
+  switch (args.dtype) {
+    case Dtype::kFloat: return work_on_rows<PositionDivergenceRow<float, kRanks>>(args, tops, parallel);
+    case Dtype::kBFloat16: return work_on_rows<PositionDivergenceRow<BFloat16, kRanks>>(args, tops, parallel);
+    case Dtype::kHalf: return work_on_rows<PositionDivergenceRow<Half, kRanks>>(args, tops, parallel);
+  }
 }
 
 inline void position_divergence(const PositionDivergenceArgs& args, const Parallel& parallel) {
-  switch (args.dtype) {
-    case Dtype::kFloat: return work_on_rows<PositionDivergenceRow<float>>(args, args.top_n, parallel);
-    case Dtype::kBFloat16: return work_on_rows<PositionDivergenceRow<BFloat16>>(args, args.top_n, parallel);
-    case Dtype::kHalf: return work_on_rows<PositionDivergenceRow<Half>>(args, args.top_n, parallel);
-  }
+  divergence_of_rows<kByModel>(args, {args.top_n, args.top_n}, parallel);
+}
+
+inline void position_statistics(const PositionDivergenceArgs& args, const Parallel& parallel) {
+  divergence_of_rows<kByAll>(args, {args.top_n, args.top_n, args.top_k}, parallel);
 }
 
 }  // namespace DEEPALIGN_ISA

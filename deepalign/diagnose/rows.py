@@ -2,25 +2,22 @@
 
 From hidden states and heads, a chunk of rows of logits at a time, each logit computed once:
 
-    hidden states -> logits in float32 -> [Eq. 7, contrastive only] -> the position statistics
-                                                                    -> the most base-favored tokens (Alg. 1)
-                                                                    -> base-favored among base's top n
+    hidden states -> logits in float32 -> [Eq. 7, contrastive only] -> `position_statistics`
 
-`linear_position_divergence` gives the first of the three alone. Here the product with the head, which is most of the
-time, is shared by all three (docs/log.md), and the kernels read a few rows at a time, so that the second and third find
-them in cache.
+`linear_position_divergence` gives a part of them. Here the product with the head, which is most of the time, is shared
+by all of them (docs/log.md), and the kernels read a few rows at a time, which stay in cache.
 """
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from deepalign.kernels.checks import check_int, compute_dtype
-from deepalign.kernels.contrastive_sample import Space, contrastive_logits, contrastive_sample
+from deepalign.kernels.contrastive_sample import Space, contrastive_logits
 from deepalign.kernels.linear_rows import Head, check_models, choose_chunk_rows, logits_, under_autocast
-from deepalign.kernels.position_divergence import base_favored_tokens, position_divergence
+from deepalign.kernels.position_divergence import PositionStatistics, position_statistics
 from deepalign.output_head import OutputHead
 
 # What is known of a row, in the order of the records; all in nats, in [0, 1], or counts of vocabulary entries.
@@ -36,17 +33,7 @@ STATISTICS = (
 CPU_BLOCK_ELEMENTS = 1 << 20  # logits of both models that the kernels read before the next rows: 8 MiB, a share of L3
 
 
-class RowStatistics(NamedTuple):
-    """`STATISTICS` by name, (N,) each, and the base-favored tokens (N, top_k) int64, descending, -1 for none."""
-
-    kl: Tensor
-    reverse_kl: Tensor
-    jsd: Tensor
-    top_overlap: Tensor
-    favored_count: Tensor
-    favored_in_top: Tensor
-    favored_in_base_top: Tensor
-    favored_tokens: Tensor
+RowStatistics = PositionStatistics  # `STATISTICS` by name, (N,) each, and `favored_tokens` (N, top_k)
 
 
 class ModelRows(NamedTuple):
@@ -139,41 +126,11 @@ def _measure_logits(aligned_RV: Tensor, base_RV: Tensor, options: RowOptions) ->
     if options.contrast is not None:
         alpha, space = options.contrast
         aligned_RV = contrastive_logits(aligned_RV, base_RV, alpha=alpha, space=space)
-    common: dict[str, Any] = {"implementation": options.implementation}
-    top_n = min(options.top_n, vocab_size)
-    divergence = position_divergence(aligned_RV, base_RV, top_n=top_n, **common)
-    if options.top_k:
-        tokens = base_favored_tokens(aligned_RV, base_RV, top_k=min(options.top_k, vocab_size), **common).indices
-    else:
-        tokens = torch.empty(len(aligned_RV), 0, dtype=torch.int64, device=aligned_RV.device)
-    in_base_top = favored_in_base_top(aligned_RV, base_RV, top_n, options.implementation)
-    return RowStatistics(*divergence, torch.where(divergence.kl.isnan(), 0, in_base_top), tokens)
-
-
-def favored_in_base_top(aligned_RV: Tensor, base_RV: Tensor, top_n: int, implementation: str | None = None) -> Tensor:
-    """Base-favored entries among the base model's top n, (R,) int64.
-
-    Base's top n are the n largest differences from logits that are all 0, which the selection kernel finds without a
-    sort, ties to the lowest index. An entry v of them is base-favored where b_v - a_v > lse(b) - lse(a).
-    """
-    zeros_RV = aligned_RV.new_zeros(1, aligned_RV.shape[-1]).expand_as(base_RV)
-    top_RK = base_favored_tokens(zeros_RV, base_RV, top_k=top_n, implementation=implementation).indices
-    there_RK = top_RK >= 0
-    index_RK = top_RK.clamp(min=0)
-    difference_RK = base_RV.gather(-1, index_RK) - aligned_RV.gather(-1, index_RK)
-    (token_b_R1, log_b_R1), (token_a_R1, log_a_R1) = (
-        _drawn(logits_RV, implementation) for logits_RV in (base_RV, aligned_RV)
+    found = position_statistics(
+        aligned_RV,
+        base_RV,
+        top_n=min(options.top_n, vocab_size),
+        top_k=min(max(options.top_k, 1), vocab_size),
+        implementation=options.implementation,
     )
-    # Two differences, as the kernels take them: exactly the shift where the models differ by one.
-    threshold_R1 = (base_RV.gather(-1, token_b_R1) - aligned_RV.gather(-1, token_a_R1)) + (log_a_R1 - log_b_R1)
-    return ((difference_RK > threshold_R1) & there_RK).sum(-1)
-
-
-def _drawn(logits_RV: Tensor, implementation: str | None) -> tuple[Tensor, Tensor]:
-    """A token (R, 1) and its log-probability (R, 1): lse is the token's logit minus it.
-
-    The sampler reads the logits once, in cache; `torch.logsumexp` takes twenty times as long.
-    """
-    half_R = logits_RV.new_full((len(logits_RV),), 0.5, dtype=torch.float64)
-    drawn = contrastive_sample(logits_RV, logits_RV, alpha=0.0, uniforms=half_R, implementation=implementation)
-    return drawn.token_ids.clamp(min=0)[:, None], drawn.logprobs[:, None]
+    return found._replace(favored_tokens=found.favored_tokens[:, : options.top_k])

@@ -8,12 +8,15 @@ from deepalign.kernels.position_divergence.api import (
     position_divergence,
 )
 from deepalign.kernels.position_divergence.linear import linear_position_divergence
+from deepalign.kernels.position_divergence.statistics import PositionStatistics, position_statistics
 
 __all__ = [
     "IMPLEMENTATIONS",
     "BaseFavoredTokens",
     "PositionDivergence",
+    "PositionStatistics",
     "base_favored_tokens",
     "linear_position_divergence",
     "position_divergence",
+    "position_statistics",
 ]

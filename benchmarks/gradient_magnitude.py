@@ -3,7 +3,7 @@
 `python -m benchmarks.gradient_magnitude --prompt 32 --answer 64 --out FILE` times every contestant in turn, for as many
 rounds as asked, in one process, and writes one row per case into FILE (JSON; a row of the same case is replaced).
 
-The model is a Llama of random weights: 6 layers, hidden 512, vocabulary 32000, 51 million parameters, float32.
+The model is a Llama of random weights: 6 layers, hidden 512, vocabulary 32000, 50 million parameters, float32.
 """
 
 import argparse

@@ -12,7 +12,8 @@ parameter's own gradient is asked for.
 
 Attention is causal: tokens up to t need only the positions before t. An answer is therefore cut into spans, each with
 a forward over its own prefix. A forward costs about as much as one token's backward, and a span of S tokens makes its
-tokens carry S / 2 positions too many on average, so that n / S + S / 2 is to be small: S = sqrt(2 n).
+tokens carry S / 2 positions too many on average, so that n / S + S / 2 is to be small: S = sqrt(2 n). In tiny models
+the forward's fixed cost counts for more, hence a least span.
 """
 
 import contextlib
@@ -35,6 +36,7 @@ from deepalign.sampling.modes import check_evaluation_mode
 # (docs/log.md); a GPU's number is set by memory, not measured.
 ROWS_IN_FLIGHT = {"cpu": 1280}
 DEVICE_ROWS_IN_FLIGHT = 16384
+LEAST_SPAN = 16
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,7 @@ def spans(start: int, stop: int, chunk_tokens: int | None, device: torch.device)
     """
     most_rows = ROWS_IN_FLIGHT.get(device.type, DEVICE_ROWS_IN_FLIGHT)
     while start < stop:
-        span = range(start, min(stop, start + max(1, math.isqrt(2 * start))))
+        span = range(start, min(stop, start + max(LEAST_SPAN, math.isqrt(2 * start))))
         chunk = chunk_tokens or max(1, most_rows // (span.stop - 1))
         chunk = math.ceil(len(span) / math.ceil(len(span) / chunk))  # of one size
         yield span, [range(first, min(len(span), first + chunk)) for first in range(0, len(span), chunk)]

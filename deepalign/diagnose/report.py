@@ -38,6 +38,7 @@ from deepalign.diagnose.rows import STATISTICS
 from deepalign.diagnose.tokens import FORMATTING, TokenNames
 
 EARLY, LATE = (1, 3), (16, None)  # the paper's positions 0 to 2 and 15 and beyond, counted from 1
+AFTER_FIRST = (2, 15)
 Number = dict[str, float | None]
 
 
@@ -144,6 +145,8 @@ def claims(
         surprise = gradients["surprise_correlation"]["value"]
         what = "late over early" + ("" if surprise is None else f" (rank correlation with -log P: {surprise:.2f})")
         found.append(_claim(text, paper, gradients["late_over_early"], what, below=1.0))
+        text = "GradMag declines with position after the first token, which alignment makes surprising"
+        found.append(_claim(text, paper, gradients["late_over_after_first"], "late over positions 2 to 15", below=1.0))
     return found
 
 
@@ -171,6 +174,7 @@ def gradient_report(path: Path, record: np.dtype, total: int, kind_names: list[s
         "kinds": {name: band(by_name[name], options).to_dict() for name in kind_names},
         "surprise_correlation": _number(*_first(bootstrap_means(correlations, total, options)), options),
         "late_over_early": _number(*_window(total_means, (LATE, EARLY)), options),
+        "late_over_after_first": _number(*_window(total_means, (LATE, AFTER_FIRST)), options),
     }
 
 

@@ -37,6 +37,7 @@ from deepalign.models import check_model_path, check_same_tokenizer, load_frozen
 from deepalign.output_head import check_output_head
 from deepalign.sampling.batch_run import model_fingerprint
 
+MOST_SERIES = 7  # styles of `deepalign/drawing.py`, less the base's
 CONTRASTIVE = "contrastive"  # the name of the series on the first aligned model
 HARMFUL, BENIGN = "harmful", "benign"
 
@@ -130,6 +131,10 @@ def diagnose(
     series = [Series(name, path) for name, path in aligned.items()]
     if options.contrast is not None:
         series.insert(1, Series(CONTRASTIVE, series[0].path, options.contrast))
+    if len(series) > MOST_SERIES:
+        raise ValueError(
+            f"{len(series)} curves cannot be told apart in one figure; compare at most {MOST_SERIES} at a time"
+        )
     run = _Run(series, base, tokenizer, contexts, out, options, dtype, torch.device(device), progress)
     report = run.measure()
     report |= {"data": dict(described or {}), "reading": list(HOW_TO_READ)}

@@ -87,7 +87,7 @@ def test_the_report_says_what_was_measured(report, models):
             assert found["profiles"]["kl"]["position"] == list(range(1, POSITIONS + 1))
             assert [band["positions"] for band in found["tokens"]] == ["1-3", "4-15", "16+", "1+"]
     assert {claim["verdict"] for claim in report["claims"]} <= {"agrees", "disagrees", "undecided", "not measured"}
-    assert len(report["claims"]) == 8
+    assert len(report["claims"]) == 9
     assert report["series"]["after"]["gradients"]["n"] == 2
     assert "gradients" not in report["series"]["contrastive"]
 
@@ -251,6 +251,8 @@ def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, cap
     assert "'base' of an aligned model cannot be used" in refused(capsys, *good, "--aligned", f"base={models / 'base'}")
     assert "nowhere does not exist" in refused(capsys, *good, "--aligned", f"n={tmp_path / 'nowhere'}")
     assert "harmful.jsonl: row 0" in refused(capsys, *good, "--prefix", " ")
+    many = [part for i in range(6) for part in ("--aligned", f"m{i}={models / 'aligned'}")]
+    assert "8 curves cannot be told apart" in refused(capsys, *good, *many)
     assert "alpha must be above 0" in refused(capsys, *good, "--contrast", "0")
     assert "--limit must be at least 1" in refused(capsys, *good, "--limit", "0")
     assert "do not fit the models' context of 64" in refused(capsys, *good, "--positions", "64", "--generate")

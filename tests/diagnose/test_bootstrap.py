@@ -89,6 +89,15 @@ def test_positions_few_or_no_contexts_reach():
     assert found.high[0] == 3.0
 
 
+def test_a_resample_averages_over_those_it_drew_that_reach():
+    """Where all that reach a position agree, so does every resample that drew one of them."""
+    array = np.where(np.arange(20)[:, None] < [20, 5], 7.0, np.nan)
+    resampled = bootstrap_means(chunks(array, 6), 20, OPTIONS).resampled
+    assert np.allclose(resampled[~np.isnan(resampled)], 7)
+    assert np.isnan(resampled[:, 1]).any()
+    assert not np.isnan(resampled[:, 0]).any()
+
+
 def test_statistics_are_split_by_name():
     means = bootstrap_means([np.array([[1.0, 2.0, 3.0, 4.0]] * 2)], 2, OPTIONS)
     parts = split(means, ("a", "b"))

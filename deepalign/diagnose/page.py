@@ -46,7 +46,7 @@ details { margin: .6rem 0; } summary { cursor: pointer; }
 pre { background: var(--wash); padding: .8rem; overflow-x: auto; font-size: .8rem; white-space: pre-wrap; }
 @media print {
   body { font-size: 10pt; max-width: none; padding: 0; }
-  h2 { break-after: avoid; } figure, tr { break-inside: avoid; }
+  h2, h3, summary { break-after: avoid; } figure, tr, .bands { break-inside: avoid; }
   .scroll { overflow: visible; } table { font-size: 8.5pt; }
   .bands { grid-template-columns: repeat(3, 1fr); gap: 0 1rem; } .bands table { font-size: 8pt; }
 }

@@ -87,9 +87,9 @@ class StepDataset(Dataset[Batch]):
 
     Each item is a dict of tensors, B rows of T tokens, R of the B*T token positions carrying a weight:
     `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `row_index` (R,) int64 into the flattened B*T positions,
-    `answer_row` (R,) int64, the number of the predicted token among all answer tokens of the harmful rows, then of the
-    utility rows, in the order of the data, `kl_weight`, `completion_weight` (R,) fp32, divided as the module docstring
-    says, `top_k_indices` (R, k) int64 only with `random_selection`.
+    `kl_weight`, `completion_weight` (R,) fp32, divided as the module docstring says, `top_k_indices` (R, k) int64 only
+    with `random_selection`. `answer_row` (R,) int64 numbers the predicted tokens among the answer tokens of all harmful,
+    then all utility examples, in the order of the data: the key of what is stored per answer token.
 
     Raises:
         ValueError: an empty stream whose batch is not, or batch sizes that do not divide over ranks and micro-batches.
@@ -135,7 +135,8 @@ class StepDataset(Dataset[Batch]):
         share = self.rank * self.accumulation + micro_batch
         shares = self.world_size * self.accumulation
         rows = [row for stream in (HARMFUL, UTILITY) for row in self._share(stream, step, share, shares)]
-        return self._collate(rows, *self._denominators(step))
+        batch = self._collate(rows, *self._denominators(step))
+        return batch | {"answer_row": self._answer_rows(step, share, shares)}
 
     def rows_of_step(self, stream: int, step: int) -> list[int]:
         """The rows of `stream` (indices into it) that step `step` trains on, over all ranks and micro-batches."""
@@ -143,11 +144,24 @@ class StepDataset(Dataset[Batch]):
         places = range(step * size, (step + 1) * size)
         return [int(_order(self.seed, stream, place // count, count)[place % count]) for place in places]
 
-    def _share(self, stream: int, step: int, share: int, shares: int) -> list[tuple[int, int, int, int]]:
-        """(stream, row of the stream, step, place in the step) of the rows of one micro-batch of one rank."""
+    def _share(self, stream: int, step: int, share: int, shares: int) -> list[tuple[int, EncodedExample, int, int]]:
+        """(stream, example, step, place in the step) of the rows of one micro-batch of one rank."""
         rows = self.rows_of_step(stream, step)
         per_share = len(rows) // shares
-        return [(stream, rows[place], step, place) for place in range(share * per_share, (share + 1) * per_share)]
+        places = range(share * per_share, (share + 1) * per_share)
+        return [(stream, self.streams[stream][rows[place]], step, place) for place in places]
+
+    def _answer_rows(self, step: int, share: int, shares: int) -> torch.Tensor:
+        """`answer_row` of one micro-batch: like the other rows, in the order of the examples that carry a weight."""
+        parts = []
+        for stream in (HARMFUL, UTILITY):
+            rows = self.rows_of_step(stream, step)
+            per_share = len(rows) // shares
+            if self.weights.kl(stream) > 0 or self.weights.completion(stream) > 0:
+                starts = self.answer_starts[stream]
+                for row in rows[share * per_share : (share + 1) * per_share]:
+                    parts.append(torch.arange(int(starts[row]), int(starts[row + 1])))
+        return _concatenate(parts, torch.int64)
 
     def _denominators(self, step: int) -> tuple[float, float]:
         """Sums of the two weights over the whole step: all ranks, all micro-batches."""
@@ -159,14 +173,13 @@ class StepDataset(Dataset[Batch]):
         return kl, completion
 
     def _collate(
-        self, rows: list[tuple[int, int, int, int]], kl_denominator: float, completion_denominator: float
+        self, rows: list[tuple[int, EncodedExample, int, int]], kl_denominator: float, completion_denominator: float
     ) -> Batch:
-        width = max(len(self.streams[stream][row].input_ids) for stream, row, _, _ in rows)
+        width = max(len(example.input_ids) for _, example, _, _ in rows)
         input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
         attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        row_index, answer_row, kl, completion, selected = [], [], [], [], []
-        for i, (stream, row, step, place) in enumerate(rows):
-            example, first = self.streams[stream][row], int(self.answer_starts[stream][row])
+        row_index, kl, completion, selected = [], [], [], []
+        for i, (stream, example, step, place) in enumerate(rows):
             length, start = len(example.input_ids), example.response_start
             input_ids[i, :length] = torch.tensor(example.input_ids)
             attention_mask[i, :length] = 1
@@ -174,7 +187,6 @@ class StepDataset(Dataset[Batch]):
                 continue
             # the row before a token predicts it
             row_index.append(torch.arange(i * width + start - 1, i * width + length - 1))
-            answer_row.append(torch.arange(first, first + length - start))
             kl.append(torch.full((length - start,), self.weights.kl(stream), dtype=torch.float64))
             completion.append(torch.full((length - start,), self.weights.completion(stream), dtype=torch.float64))
             if self.random_selection is not None:
@@ -183,7 +195,6 @@ class StepDataset(Dataset[Batch]):
             "input_ids": input_ids,
             "attention_mask": attention_mask,
             "row_index": _concatenate(row_index, torch.int64),
-            "answer_row": _concatenate(answer_row, torch.int64),
             "kl_weight": _divided(_concatenate(kl, torch.float64), kl_denominator, self.world_size),
             "completion_weight": _divided(
                 _concatenate(completion, torch.float64), completion_denominator, self.world_size
@@ -224,11 +235,13 @@ def _order(seed: int, stream: int, epoch: int, count: int) -> np.ndarray:
 
 
 def _answer_starts(streams: Sequence[Sequence[EncodedExample]]) -> list[np.ndarray]:
-    """Per stream, the number of each row's first answer token, counted on from stream to stream."""
-    lengths = [[example.response_length for example in stream] for stream in streams]
-    ends = np.cumsum(np.array([length for stream in lengths for length in stream], dtype=np.int64))
-    starts = np.concatenate([np.zeros(1, dtype=np.int64), ends])
-    return [starts[: len(lengths[0])], starts[len(lengths[0]) :]]
+    """Per stream, the number of each example's first answer token, counted on from stream to stream, and of the end."""
+    starts, first = [], 0
+    for stream in streams:
+        lengths = [example.response_length for example in stream]
+        starts.append(first + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+        first = int(starts[-1][-1])
+    return starts
 
 
 def _concatenate(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:

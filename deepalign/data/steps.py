@@ -88,8 +88,8 @@ class StepDataset(Dataset[Batch]):
     Each item is a dict of tensors, B rows of T tokens, R of the B*T token positions carrying a weight:
     `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `row_index` (R,) int64 into the flattened B*T positions,
     `kl_weight`, `completion_weight` (R,) fp32, divided as the module docstring says, `top_k_indices` (R, k) int64 only
-    with `random_selection`. `answer_row` (R,) int64 numbers the predicted tokens among the answer tokens of all harmful,
-    then all utility examples, in the order of the data: the key of what is stored per answer token.
+    with `random_selection`. `answer_row` (R,) int64 numbers the predicted tokens among the answer tokens of all
+    harmful, then all utility examples, in the order of the data: the key of what is stored per answer token.
 
     Raises:
         ValueError: an empty stream whose batch is not, or batch sizes that do not divide over ranks and micro-batches.

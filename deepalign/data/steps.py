@@ -91,8 +91,9 @@ class StepDataset(Dataset[Batch]):
     Each item is a dict of tensors, B rows of T tokens, R of the B*T token positions carrying a weight:
     `input_ids` (B, T) int64, `attention_mask` (B, T) int64 (packed: `position_ids` in its place, and B = 1),
     `row_index` (R,) int64 into the flattened B*T positions, `kl_weight`, `completion_weight` (R,) fp32, divided as the
-    module docstring says, `top_k_indices` (R, k) int64 only with `random_selection`. Rows come in the order of the
-    examples, packed or not.
+    module docstring says, `top_k_indices` (R, k) int64 only with `random_selection`. `answer_row` (R,) int64 numbers
+    the predicted tokens among the answer tokens of all harmful, then all utility examples, in the order of the data:
+    the key of what is stored per answer token. Rows come in the order of the examples, packed or not.
 
     Raises:
         ValueError: an empty stream whose batch is not, or batch sizes that do not divide over ranks and micro-batches.
@@ -118,6 +119,7 @@ class StepDataset(Dataset[Batch]):
         check_batch_size("harmful", harmful_batch_size, len(harmful), world_size, gradient_accumulation_steps)
         check_batch_size("utility", utility_batch_size, len(utility), world_size, gradient_accumulation_steps)
         self.streams = (harmful, utility)
+        self.answer_starts = _answer_starts(self.streams)
         self.batch_sizes = (harmful_batch_size, utility_batch_size)
         self.max_steps = max_steps
         self.weights = weights
@@ -139,7 +141,8 @@ class StepDataset(Dataset[Batch]):
         share = self.rank * self.accumulation + micro_batch
         shares = self.world_size * self.accumulation
         rows = [row for stream in (HARMFUL, UTILITY) for row in self._share(stream, step, share, shares)]
-        return self._collate(rows, *self._denominators(step))
+        batch = self._collate(rows, *self._denominators(step))
+        return batch | {"answer_row": self._answer_rows(step, share, shares)}
 
     def rows_of_step(self, stream: int, step: int) -> list[int]:
         """The rows of `stream` (indices into it) that step `step` trains on, over all ranks and micro-batches."""
@@ -153,6 +156,18 @@ class StepDataset(Dataset[Batch]):
         per_share = len(rows) // shares
         places = range(share * per_share, (share + 1) * per_share)
         return [(stream, self.streams[stream][rows[place]], step, place) for place in places]
+
+    def _answer_rows(self, step: int, share: int, shares: int) -> torch.Tensor:
+        """`answer_row` of one micro-batch: like the other rows, in the order of the examples that carry a weight."""
+        parts = []
+        for stream in (HARMFUL, UTILITY):
+            rows = self.rows_of_step(stream, step)
+            per_share = len(rows) // shares
+            if self.weights.kl(stream) > 0 or self.weights.completion(stream) > 0:
+                starts = self.answer_starts[stream]
+                for row in rows[share * per_share : (share + 1) * per_share]:
+                    parts.append(torch.arange(int(starts[row]), int(starts[row + 1])))
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
 
     def _denominators(self, step: int) -> tuple[float, float]:
         """Sums of the two weights over the whole step: all ranks, all micro-batches."""
@@ -225,6 +240,16 @@ def check_batch_size(stream: str, batch_size: int, rows: int, world_size: int, a
 def _order(seed: int, stream: int, epoch: int, count: int) -> np.ndarray:
     """The order of a stream's rows in its pass number `epoch`."""
     return np.random.default_rng((seed, stream, epoch)).permutation(count)
+
+
+def _answer_starts(streams: Sequence[Sequence[EncodedExample]]) -> list[np.ndarray]:
+    """Per stream, the number of each example's first answer token, counted on from stream to stream, and of the end."""
+    starts, first = [], 0
+    for stream in streams:
+        lengths = [example.response_length for example in stream]
+        starts.append(first + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+        first = int(starts[-1][-1])
+    return starts
 
 
 def pad(examples: Sequence[EncodedExample], pad_token_id: int) -> tuple[Batch, torch.Tensor]:

@@ -1,0 +1,111 @@
+"""A causal language model cut in two: the decoder that makes hidden states, the head that makes logits of them.
+
+The linear forms (`fused_linear_completion_loss`, `linear_position_divergence`) take the two halves and never hold the
+logits. What a family does between its head and its logits (Gemma's softcap, the scales of Cohere and Granite) is part
+of the head here; `check_output_head` compares with the model's own logits, so that a family this file does not know is
+refused instead of computed wrongly.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepalign.kernels.lm_head import lm_head_weight
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """logits = softcap * tanh(scale * h W^T / softcap), or scale * h W^T without a softcap.
+
+    `lm_head` is W, (V, H); `logit_softcap` and `logit_scale` are named as in the linear forms.
+    """
+
+    lm_head: Tensor
+    logit_softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The logits (..., V) of hidden states (..., H), in their dtype: for checks and for a few rows."""
+        logits = torch.nn.functional.linear(hidden, self.lm_head) * self.logit_scale
+        return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
+
+
+def output_head(model: nn.Module) -> OutputHead:
+    """The head of a causal language model of `transformers`, also one wrapped by peft.
+
+    Under ZeRO-3 and FSDP2 call it inside the wrapped module's forward, where the matrix is whole.
+
+    Raises:
+        TypeError: the model has no output layer, or one that is not linear.
+        ValueError: an output layer with a bias, or with an adapter that is no plain LoRA.
+    """
+    inner = _unwrapped(model)
+    layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
+    if layer is None:
+        raise TypeError(f"{type(inner).__name__} has no output layer; expected a causal language model of transformers")
+    return OutputHead(lm_head_weight(layer), *_transform(inner.config.get_text_config()))
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    """What the head of `model` multiplies: (B, T, H), after the final norm.
+
+    Args:
+        model: a causal language model of `transformers`, also one wrapped by peft.
+        input_ids, attention_mask: (B, T) int64.
+        options: further arguments of the model's decoder (`position_ids`, `past_key_values`, ...).
+
+    Raises:
+        TypeError: the model has no decoder that can be called by itself.
+    """
+    inner = _unwrapped(model)
+    decoder: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    if decoder is None or decoder is inner:
+        raise TypeError(f"{type(inner).__name__} has no decoder of its own; expected a causal language model")
+    options.setdefault("use_cache", False)
+    return decoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
+
+
+@torch.no_grad()
+def check_output_head(model: nn.Module, tolerance: float = 1e-2) -> None:
+    """Refuse a model whose logits are not those of its hidden states and `OutputHead`, by running a few tokens.
+
+    Args:
+        model: a causal language model with whole (not partitioned) weights; its mode is restored.
+        tolerance: largest difference accepted, relative to the largest logit (bf16 rounds to 0.4%).
+
+    Raises:
+        ValueError: they differ: the family changes its logits in a way that this module does not know.
+    """
+    inner = _unwrapped(model)
+    head = output_head(model)
+    ids = torch.arange(1, 9, device=head.lm_head.device).remainder(inner.config.get_text_config().vocab_size)[None]
+    mode = inner.training
+    inner.eval()
+    try:
+        expected = inner(input_ids=ids, use_cache=False).logits.float()
+        ours = head.logits(hidden_states(model, ids)).float()
+    finally:
+        inner.train(mode)
+    difference = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    if not difference <= tolerance:
+        raise ValueError(
+            f"the logits of {type(inner).__name__} are not scale and softcap of hidden states times output layer "
+            f"(relative difference {difference:.2g}); its family is not supported by the linear forms: use the logits"
+        )
+
+
+def _unwrapped(model: Any) -> Any:
+    """The causal language model inside peft's wrapper; its adapters sit in the modules themselves."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _transform(config: Any) -> tuple[float | None, float]:
+    """(softcap, scale) as the families name them in their configurations."""
+    softcap = getattr(config, "final_logit_softcapping", None)
+    scale = getattr(config, "logit_scale", None)
+    scaling = getattr(config, "logits_scaling", None)
+    if scale is None:
+        scale = 1.0 if scaling is None else 1.0 / float(scaling)
+    return None if softcap is None else float(softcap), float(scale)

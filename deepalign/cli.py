@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample`."""
+"""The command line: `deepalign demo|sample|sweep`."""
 
 import argparse
 import sys
@@ -18,8 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
+    commands.add_parser("sweep", help="one training per cell of a grid of settings, and a table", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     try:
+        if options.command == "sweep":
+            return _sweep(rest)
         return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -46,6 +49,17 @@ def _sample(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
     add_arguments(parser)
     return run(parser.parse_args(arguments))
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    from deepalign.train.sweep import add_arguments, sweep  # imports torch
+
+    parser = argparse.ArgumentParser(
+        prog="deepalign sweep", description="train every cell of a grid", allow_abbrev=False
+    )
+    add_arguments(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    return sweep(options, overrides)
 
 
 if __name__ == "__main__":

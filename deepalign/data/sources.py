@@ -138,6 +138,18 @@ def parse_spec(spec: str) -> DataSpec:
     return DataSpec(data_set, split, source)
 
 
+def check_data(name: str, spec: str) -> None:
+    """Refuse, before anything is read, what names no data; `name` is the configuration's key.
+
+    Raises:
+        FileNotFoundError, ValueError: as `parse_spec`, with the key.
+    """
+    try:
+        parse_spec(spec)
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
 def load_data(spec: str, *, announce: bool = False) -> list[Record]:
     """The rows that a description of data names.
 

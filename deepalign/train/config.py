@@ -59,8 +59,8 @@ class TrainConfig:
     teacher: Literal["online", "cache"] = "online"
     teacher_cache: str | None = None  # folder of the cache
     teacher_quantization: Literal["4bit", "8bit"] | None = None  # of online teachers; needs bitsandbytes and a GPU
-    # Data: a JSONL file or NAME[@SPLIT][:SOURCE], see deepalign/data/sources.py. Longer rows lose the end of their answer
-    # (counted and reported).
+    # Data: a JSONL file or NAME[@SPLIT][:SOURCE], see docs/data.md. Longer rows lose the end of their answer (counted
+    # and reported).
     utility_data: str | None = None
     max_length: int | None = None  # tokens; None: the model's context
     chat_template_options: dict[str, Any] = field(default_factory=dict)  # variables of the template: enable_thinking

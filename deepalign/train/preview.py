@@ -3,27 +3,26 @@
     python -m deepalign.train.run --config X.yaml --dry_run --ranks 8 --tflops 400 --device_gib 80
     python -m deepalign.train.run --config X.yaml --show_example 2
 
-Both take one process and load no weights. A dry run reads the models' configurations and, where it can, the data: without
-them it takes every row to be `max_length` tokens long, half of them answer, and says so.
+Both take one process and load no weights. A dry run reads the models' configurations and, where it can, the data:
+without them it takes every row to be `max_length` tokens long, half of them answer, and says so.
 """
 
 import argparse
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepalign.data.show import show_batch
 from deepalign.data.steps import StepDataset
 from deepalign.train.config import LoraConfig, TrainConfig
 from deepalign.train.estimate import GIB, Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
+from deepalign.train.prepare import load_common_tokenizer, load_streams, step_count, step_dataset
 
 SAMPLED_STEPS = 50
 ZEROS: tuple[Zero, ...] = ("none", "zero0", "zero1", "zero2", "zero3")
 # Of the rate of bare products; attention, norms and copies take the rest. docs/training-launch.md has measured runs.
 EFFICIENCY = 0.5
-DatasetFor = Callable[[TrainConfig, int], tuple[StepDataset, object]]
 
 
 def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,23 +38,25 @@ def add_preview_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def preview(options: argparse.Namespace, config: TrainConfig, dataset_for: DatasetFor) -> bool:
+def preview(options: argparse.Namespace, config: TrainConfig) -> bool:
     """Print what was asked for; False if nothing was.
 
     Args:
         options: parsed with `add_preview_arguments`.
         config: of the run.
-        dataset_for: the run's own `StepDataset` of rank 0 among so many ranks, and its tokenizer.
+
+    Raises:
+        ValueError, OSError, RuntimeError: what is wrong with the data (`--show_example`) or with the numbers.
     """
     if options.show_example:
-        dataset, tokenizer = dataset_for(config, 1)
-        print(show_batch(tokenizer, dataset[0], options.show_example))  # type: ignore[arg-type]
+        dataset, tokenizer = _rank_0(config, 1)
+        print(show_batch(tokenizer, dataset[0], options.show_example))
     if options.dry_run:
-        print(dry_run(options, config, dataset_for))
+        print(dry_run(options, config))
     return bool(options.show_example or options.dry_run)
 
 
-def dry_run(options: argparse.Namespace, config: TrainConfig, dataset_for: DatasetFor) -> str:
+def dry_run(options: argparse.Namespace, config: TrainConfig) -> str:
     """The estimates as text.
 
     Raises:
@@ -66,7 +67,7 @@ def dry_run(options: argparse.Namespace, config: TrainConfig, dataset_for: Datas
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; expected at least 1")
     model = AutoConfig.from_pretrained(config.student or config.aligned)
-    load, average, source = _workload(config, ranks, model.get_text_config().max_position_embeddings, dataset_for)
+    load, average, source = _workload(config, ranks, model.get_text_config().max_position_embeddings)
     on_gpu = options.device == "gpu" or (options.device is None and not config.use_cpu)
     setup = _setup(config, ranks, on_gpu)
     lora = config.lora or LoraConfig()
@@ -90,10 +91,26 @@ def dry_run(options: argparse.Namespace, config: TrainConfig, dataset_for: Datas
     return "\n\n".join(blocks)
 
 
-def _setup(config: TrainConfig, ranks: int, on_gpu: bool) -> Setup:
-    zero: Zero = next(
-        (name for name in ZEROS if name == config.deepspeed), "none" if config.deepspeed is None else "zero3"
+def _rank_0(config: TrainConfig, ranks: int) -> tuple[StepDataset, PreTrainedTokenizerBase]:
+    """The micro-batches of rank 0 as the run will see them, and the tokenizer; no model is loaded."""
+    tokenizer = load_common_tokenizer(config)
+    harmful, utility = load_streams(config, tokenizer, verbose=True)
+    dataset = step_dataset(
+        config,
+        tokenizer,
+        harmful,
+        utility,
+        vocab_size=len(tokenizer),
+        max_steps=step_count(config, len(harmful)),
+        rank=0,
+        world_size=ranks,
     )
+    return dataset, tokenizer
+
+
+def _setup(config: TrainConfig, ranks: int, on_gpu: bool) -> Setup:
+    own_file: Zero = "none" if config.deepspeed is None else "zero3"
+    zero = next((name for name in ZEROS if name == config.deepspeed), own_file)
     adapters_are_aligned = config.lora is not None and config.student in (None, config.aligned)
     return Setup(
         zero=zero,
@@ -117,11 +134,11 @@ class Average:
     steps: int | None
 
 
-def _workload(config: TrainConfig, ranks: int, context: int, dataset_for: DatasetFor) -> tuple[Load, Average, str]:
+def _workload(config: TrainConfig, ranks: int, context: int) -> tuple[Load, Average, str]:
     """The largest micro-batch, averages over a step, and where they come from."""
     accumulation = config.gradient_accumulation_steps
     try:
-        dataset, _ = dataset_for(config, ranks)
+        dataset, _ = _rank_0(config, ranks)
     except (OSError, RuntimeError) as error:
         rows = (config.harmful_batch_size + config.utility_batch_size) // (ranks * accumulation)
         length = min(config.max_length or context, context)
@@ -179,8 +196,8 @@ def _time(
     seconds = work.seconds(rate)
     parts = ", ".join(f"{name} {getattr(work, name) / 1e12:.3g}" for name in ("student", "teachers", "loss"))
     lines = [
-        f"one step of one rank: {work.total / 1e12:.3g} TFLOP ({parts}); {work.sent_bytes / GIB:.2f} GiB of weights and "
-        "gradients over the network",
+        f"one step of one rank: {work.total / 1e12:.3g} TFLOP ({parts}); weights and gradients sent: "
+        f"{work.sent_bytes / GIB:.2f} GiB",
         f"at {rate / 1e12:.3g} TFLOP/s ({origin}): {seconds:.3g} s a step without communication",
     ]
     if average.steps is not None:

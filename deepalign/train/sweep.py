@@ -10,6 +10,7 @@ folder. A sweep that is started again skips what is finished and goes on with wh
 """
 
 import argparse
+import difflib
 import hashlib
 import itertools
 import json
@@ -28,12 +29,14 @@ from tqdm import tqdm
 
 from deepalign.data.files import write_text_atomic
 from deepalign.kernels.completion_loss import CompletionLossConfig
-from deepalign.train.config import config_as_dict, load_config
+from deepalign.train.config import TrainConfig, config_as_dict, load_config
 from deepalign.train.launch import RUN
 from deepalign.train.sweep_plot import plot_sweep
+from deepalign.train.variants import VARIANT
 
 # Names that need no prefix, and the paper's letter for top_k.
 SHORT = {name: f"loss.{name}" for name in CompletionLossConfig.__dataclass_fields__} | {"k": "loss.top_k"}
+KEYS = {*TrainConfig.__dataclass_fields__, VARIANT}
 METRICS = ("loss", "kl", "completion", "alpha", "base_favored_count", "mean_logit")
 RESULT, LAST_STEPS = "evaluation.json", 10
 
@@ -74,13 +77,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def sweep(options: argparse.Namespace, overrides: Sequence[str] = ()) -> int:
-    """Run a sweep; `overrides` are further `--key value` words for every cell. Returns the exit code (1: a cell failed).
+    """Run a sweep; `overrides` are further `--key value` words for every cell.
+
+    Returns:
+        The exit code: 1 if a cell failed.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: what is wrong with configuration or grid, before any training.
     """
     out = Path(options.out)
     cells = make_cells(options.config, options.grid, overrides, out)
+    columns = [*(key.removeprefix("loss.") for key in cells[0].values), "steps", *METRICS]
+    if options.evaluate is None and options.sort not in columns:
+        raise ValueError(f"--sort is {options.sort!r}; columns: {', '.join(columns)}")
     launcher = [sys.executable] if options.launcher is None else shlex.split(options.launcher)
     failed = []
     for cell in tqdm(cells, desc="sweep", unit="cell"):
@@ -109,6 +118,9 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
         # "3e-4" is a string to YAML
         values = [float(value) if isinstance(value, str) and _is_number(value) else value for value in values]
         name = SHORT.get(key.strip(), key.strip())
+        if "." not in name and name not in KEYS:
+            near = difflib.get_close_matches(name, [*SHORT, *KEYS], n=1)
+            raise ValueError(f"--grid {word}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""))
         if not equals or not name or any(value is None for value in values):
             raise ValueError(f"--grid {word}: expected KEY=V1,V2,...")
         if name in grid:

@@ -42,9 +42,8 @@ def plot_sweep(
 
 def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, column: str) -> None:
     values = sorted({row[key] for row in rows}, key=_order)
-    found = {
-        value: [row[column] for row in rows if row[key] == value and _is_number(row.get(column))] for value in values
-    }
+    shown = [row for row in rows if _is_number(row.get(column))]
+    found = {value: [row[column] for row in shown if row[key] == value] for value in values}
     for place, numbers in enumerate(found.values()):
         axes.plot([place] * len(numbers), numbers, "o", color=POINT, alpha=0.6, markersize=5)
     means = [(place, sum(numbers) / len(numbers)) for place, numbers in enumerate(found.values()) if numbers]

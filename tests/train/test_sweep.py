@@ -60,9 +60,8 @@ def test_every_cell_is_trained_once_and_stands_in_the_table(tiny_run: TinyRun, t
 
     assert main(arguments(config, out, *GRID, "--learning_rate", "2e-3")) == 0
     assert len(commands) == 4, "finished cells are not trained again"
-    assert (
-        main(arguments(config, out, "--grid", "alpha_base=0.5,2", "--grid", "k=2,3,4", "--learning_rate", "2e-3")) == 0
-    )
+    larger = ("--grid", "alpha_base=0.5,2", "--grid", "k=2,3,4", "--learning_rate", "2e-3")
+    assert main(arguments(config, out, *larger)) == 0
     assert len(commands) == 6, "a larger grid trains what it adds"
 
 
@@ -71,7 +70,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(tiny_run: TinyRun, tmp_
     grid = ("--grid", "lambda_reg=1e-3,0.1")
     folder = out / "lambda_reg-0.001"
     assert main(arguments(config, tmp_path / "whole", *grid)) == 0
-    expected = (tmp_path / "whole" / folder.name / "metrics.jsonl").read_text()
+    expected = read_metrics(tmp_path / "whole" / folder.name)
 
     words = ["--config", str(config), "--loss.lambda_reg=0.001", f"--output_dir={folder}"]
     assert run.main(words) == 0
@@ -80,11 +79,7 @@ def test_an_interrupted_cell_goes_on_from_its_checkpoint(tiny_run: TinyRun, tmp_
         (folder / path).unlink()
     (folder / "checkpoint-4").rename(tmp_path / "gone")
     assert main(arguments(config, out, *grid)) == 0
-    losses = [
-        [json.loads(line)["loss"] for line in text.splitlines()]
-        for text in (expected, (folder / "metrics.jsonl").read_text())
-    ]
-    assert losses[0] == losses[1]
+    assert [line["loss"] for line in read_metrics(folder)] == [line["loss"] for line in expected]
 
 
 def test_an_evaluation_becomes_columns_and_is_repeated_only_for_a_new_model(tiny_run: TinyRun, tmp_path, commands):

@@ -6,7 +6,7 @@ it: queries, keys, values, output, log-sum-exp and the mask in the queries' dtyp
 """
 
 import copy
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as functional
@@ -35,10 +35,17 @@ def meta_model(
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+class Activations(NamedTuple):
+    """Bytes that a micro-batch holds at the two ends of its backward: where it starts, all; where it ends, one layer's."""
+
+    first: int
+    last: int
+
+
 def activation_bytes(
     config: PreTrainedConfig, rows: int, tokens: int, dtype: torch.dtype, *, checkpointing: bool, packed: bool = False
-) -> int:
-    """Peak bytes of what the decoder keeps between forward and backward of one micro-batch.
+) -> Activations:
+    """What the decoder keeps between forward and backward of one micro-batch.
 
     Args:
         config: of the model.
@@ -54,8 +61,9 @@ def activation_bytes(
     text = config.get_text_config()
     layer, outside = two - one, 2 * one - two
     if not checkpointing:
-        return outside + text.num_hidden_layers * layer
-    return outside + layer + text.num_hidden_layers * rows * tokens * text.hidden_size * dtype.itemsize
+        return Activations(outside + text.num_hidden_layers * layer, outside + layer)
+    inputs = text.num_hidden_layers * rows * tokens * text.hidden_size * dtype.itemsize
+    return Activations(outside + layer + inputs, outside + layer)
 
 
 def _saved_bytes(model: PreTrainedModel, rows: int, tokens: int) -> int:

@@ -2,8 +2,8 @@
 
 Memory is a sum of parts (`memory_parts`) that each follow from a rule: who holds weights, gradients and optimizer
 states in which precision and which share of them (DeepSpeed's ZeRO stages), what autograd keeps (counted,
-`activations.py`), what the loss holds (`docs/linear-loss.md`). The peak is the larger of two moments, the end of the
-backward's first layer and the optimizer step. Time is products of matrices divided by a rate that is given or measured;
+`activations.py`), what the loss holds (`docs/linear-loss.md`). The peak is the largest of three moments: the start of
+the backward, its last layer (when the gradients have taken the activations' place), the optimizer step. Time is products of matrices divided by a rate that is given or measured;
 communication is left out, its volume is stated. How far measured runs are from this: docs/training-launch.md.
 """
 
@@ -74,6 +74,7 @@ class Setup:
     checkpointing: bool = True
     teachers: int = 2
     teachers_cached: bool = False
+    accumulation: int = 1
     loss_form: Literal["linear", "logits"] = "linear"
 
     @property
@@ -93,7 +94,7 @@ class Setup:
 
 
 def memory_parts(config: PreTrainedConfig, size: ModelSize, setup: Setup, load: Load) -> dict[str, int]:
-    """Bytes on one rank, by part; "peak" is what they come to at the worse of the two moments.
+    """Bytes on one rank, by part; "peak" is what they come to at the worst of the three moments.
 
     Args:
         config: of the student (the teachers are taken to be of its size).
@@ -103,6 +104,9 @@ def memory_parts(config: PreTrainedConfig, size: ModelSize, setup: Setup, load: 
     """
     sharded = {name: setup.ranks if setup.stage >= stage else 1 for name, stage in _SHARDED_FROM.items()}
     width = setup.weight_bytes
+    kept, last = activation_bytes(
+        config, load.rows, load.tokens, setup.dtype, checkpointing=setup.checkpointing, packed=load.packed
+    )
     parts = {
         "weights": size.parameters * width // sharded["weights"],
         "gathered": min(size.parameters, MAX_LIVE_PARAMETERS) * width if setup.stage == 3 else 0,
@@ -110,21 +114,18 @@ def memory_parts(config: PreTrainedConfig, size: ModelSize, setup: Setup, load: 
         "gradients": size.trainable * width // sharded["gradients"],
         "optimizer": size.trainable * _optimizer_bytes(setup) // sharded["optimizer"],
         "teachers": setup.teachers * (size.head if setup.teachers_cached else _whole(size)) * setup.dtype.itemsize,
-        "activations": activation_bytes(
-            config,
-            load.rows,
-            load.tokens,
-            setup.dtype,
-            checkpointing=setup.checkpointing,
-            packed=load.packed,
-        ),
+        "activations": kept,
         "loss": loss_bytes(config, size, setup, load),
         "buckets": 2 * min(size.trainable, REDUCE_BUCKET) * width if setup.stage >= 1 and setup.ranks > 1 else 0,
         "step": size.trainable * _step_bytes(setup) // sharded["optimizer"],
     }
-    passing = parts["activations"] + parts["loss"] + parts["gathered"] + parts["cast"] + parts["buckets"]
-    held = parts["weights"] + parts["gradients"] + parts["optimizer"] + parts["teachers"]
-    return parts | {"peak": held + max(passing, parts["step"])}
+    held = parts["weights"] + parts["optimizer"] + parts["teachers"]
+    passing = parts["gathered"] + parts["cast"] + parts["buckets"]
+    # ZeRO-3 keeps a buffer for them; otherwise they are there before a backward only from an earlier micro-batch
+    before = parts["gradients"] if setup.stage == 3 or setup.accumulation > 1 else 0
+    start = before + kept + parts["loss"] + passing
+    end = parts["gradients"] + last + passing
+    return parts | {"peak": held + max(start, end, parts["gradients"] + parts["step"])}
 
 
 _SHARDED_FROM = {"optimizer": 1, "gradients": 2, "weights": 3}

@@ -63,7 +63,7 @@ def dry_run(options: argparse.Namespace, config: TrainConfig) -> str:
         ValueError: fewer than one rank, or batch sizes that do not divide over the ranks.
         OSError: the models' configurations cannot be read.
     """
-    ranks = options.ranks or config.world_size or 1
+    ranks = options.ranks if options.ranks is not None else config.world_size or 1
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; expected at least 1")
     model = AutoConfig.from_pretrained(config.student or config.aligned)
@@ -120,6 +120,7 @@ def _setup(config: TrainConfig, ranks: int, on_gpu: bool) -> Setup:
         checkpointing=on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing,
         teachers=1 if adapters_are_aligned and config.teacher == "online" else 2,
         teachers_cached=config.teacher == "cache",
+        accumulation=config.gradient_accumulation_steps,
         loss_form=config.loss_form,
     )
 

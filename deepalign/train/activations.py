@@ -36,7 +36,7 @@ def meta_model(
 
 
 class Activations(NamedTuple):
-    """Bytes that a micro-batch holds at the two ends of its backward: where it starts, all; where it ends, one layer's."""
+    """Bytes that a micro-batch holds where its backward starts (all), and where it ends (one layer's)."""
 
     first: int
     last: int

@@ -3,8 +3,9 @@
 Memory is a sum of parts (`memory_parts`) that each follow from a rule: who holds weights, gradients and optimizer
 states in which precision and which share of them (DeepSpeed's ZeRO stages), what autograd keeps (counted,
 `activations.py`), what the loss holds (`docs/linear-loss.md`). The peak is the largest of three moments: the start of
-the backward, its last layer (when the gradients have taken the activations' place), the optimizer step. Time is products of matrices divided by a rate that is given or measured;
-communication is left out, its volume is stated. How far measured runs are from this: docs/training-launch.md.
+the backward, its last layer (when the gradients have taken the activations' place), the optimizer step. Time is
+products of matrices divided by a rate that is given or measured; communication is left out, its volume is stated. How
+far measured runs are from this: docs/training-launch.md.
 """
 
 import time
@@ -20,7 +21,7 @@ from deepalign.train.activations import activation_bytes, meta_model
 from deepalign.train.config import LoraConfig
 
 GIB = 2**30
-# DeepSpeed: stage3_max_live_parameters' default, and the presets' reduce_bucket_size with one more for overlap
+# DeepSpeed: stage3_max_live_parameters' default, and the presets' reduce_bucket_size
 MAX_LIVE_PARAMETERS = 1_000_000_000
 REDUCE_BUCKET = 50_000_000
 Zero = Literal["none", "zero0", "zero1", "zero2", "zero3"]  # "none": without DeepSpeed
@@ -116,14 +117,16 @@ def memory_parts(config: PreTrainedConfig, size: ModelSize, setup: Setup, load: 
         "teachers": setup.teachers * (size.head if setup.teachers_cached else _whole(size)) * setup.dtype.itemsize,
         "activations": kept,
         "loss": loss_bytes(config, size, setup, load),
-        "buckets": 2 * min(size.trainable, REDUCE_BUCKET) * width if setup.stage >= 1 and setup.ranks > 1 else 0,
+        "buckets": _bucket_entries(size, setup) * width,
         "step": size.trainable * _step_bytes(setup) // sharded["optimizer"],
     }
     held = parts["weights"] + parts["optimizer"] + parts["teachers"]
     passing = parts["gathered"] + parts["cast"] + parts["buckets"]
+    # a CPU's pages are taken when they are written to: stages 1 and 2 make their buckets anew in every backward
+    unwritten = parts["buckets"] if setup.stage in (1, 2) and not setup.on_gpu else 0
     # ZeRO-3 keeps a buffer for them; otherwise they are there before a backward only from an earlier micro-batch
     before = parts["gradients"] if setup.stage == 3 or setup.accumulation > 1 else 0
-    start = before + kept + parts["loss"] + passing
+    start = before + kept + parts["loss"] + passing - unwritten
     end = parts["gradients"] + last + passing
     return parts | {"peak": held + max(start, end, parts["gradients"] + parts["step"])}
 
@@ -135,6 +138,15 @@ def _optimizer_bytes(setup: Setup) -> int:
     """Adam's two moments, and the fp32 copy of the weights that ZeRO (and bf16 under DeepSpeed) works on."""
     has_copy = setup.stage >= 1 or (setup.zero == "zero0" and setup.bf16)
     return 8 + 4 * has_copy + (4 if setup.zero == "zero0" and setup.bf16 else 0)
+
+
+def _bucket_entries(size: ModelSize, setup: Setup) -> int:
+    """Where gradients are collected to be reduced: one bucket under ZeRO-3, two in turn under stages 1 and 2."""
+    if setup.stage == 0:
+        return 0
+    if not setup.on_gpu:  # as far as it is written to
+        return min(size.trainable, REDUCE_BUCKET)
+    return REDUCE_BUCKET if setup.stage == 3 else 2 * REDUCE_BUCKET
 
 
 def _step_bytes(setup: Setup) -> int:

@@ -1,20 +1,23 @@
-"""Memory estimates of `--dry_run` against measured training runs on CPU ranks.
+"""Estimates of `--dry_run` against measured training runs on CPU ranks: memory, and time with one rank.
 
     python -m benchmarks.training_estimate --out benchmarks/results/training_estimate.json     # minutes
 
 Every run is a real one through run.py on a random Llama of some tens of millions of weights. A rank's peak is the
 highest resident size while it trains, as the Linux kernel counts it, less that after its imports and its start. Blocks
-are returned to the system when they are freed (`allocator.return_memory`), as in benchmarks/peak_memory.py.
+are returned to the system when they are freed (`allocator.return_memory`), as in benchmarks/peak_memory.py. Times are
+compared on one thread, alone: `--only "1 rank"` measures these runs again and leaves the others in the file.
 """
 
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -25,12 +28,13 @@ from benchmarks.environment import machine
 from benchmarks.peak_memory import _status_bytes
 from deepalign.data.files import write_text_atomic
 from deepalign.train.config import LoraConfig
-from deepalign.train.estimate import Load, ModelSize, Setup, Zero, memory_parts
+from deepalign.train.estimate import Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
 from deepalign.train.launch import free_port
+from deepalign.train.preview import EFFICIENCY
 
 MIB = 2**20
-TOLERANCE = 0.15
-ROWS, TOKENS, STEPS = 2, 256, 3  # rows of each stream per rank
+TOLERANCE = 0.12  # of memory
+ROWS, TOKENS, STEPS = 2, 256, 4  # rows of each stream per rank
 VOCAB, HIDDEN = 8192, 512
 
 
@@ -82,8 +86,8 @@ def model_config(layers: int) -> LlamaConfig:
     )
 
 
-def estimated_bytes(run: Run) -> dict[str, int]:
-    """What the dry run says."""
+def estimate(run: Run) -> tuple[dict[str, int], float]:
+    """What the dry run says: bytes by part, and operations of a step."""
     config = model_config(run.layers)
     size = ModelSize.of(config, LoraConfig() if run.lora else None)
     setup = Setup(
@@ -94,7 +98,9 @@ def estimated_bytes(run: Run) -> dict[str, int]:
         checkpointing=run.checkpointing,
         teachers=1 if run.lora else 2,
     )
-    return memory_parts(config, size, setup, Load(2 * ROWS, TOKENS, 2 * ROWS * (TOKENS - PROMPT)))
+    rows, weighted = 2 * ROWS, 2 * ROWS * (TOKENS - PROMPT)
+    work = step_work(config, size, setup, rows * TOKENS, weighted, TOKENS)
+    return memory_parts(config, size, setup, Load(rows, TOKENS, weighted)), work.total
 
 
 # ---- measuring ----
@@ -124,16 +130,19 @@ def worker(out: Path, arguments: list[str]) -> int:
 
     run = prepare(config)
     run.trainer.add_callback(Note())
+    rate = matmul_rate(torch.device("cpu"), torch.bfloat16 if config.bf16 else torch.float32)
     with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
         file.write("5")  # the high-water mark starts again: loading is not training
     train(run)
     rank = os.environ.get("RANK", "0")
-    write_text_atomic(out / f"peak-{rank}.json", json.dumps({"peak": peaks[-1]}))
+    write_text_atomic(
+        out / f"peak-{rank}.json", json.dumps({"peak": peaks[-1], "seconds": run.trainer.speed.seconds, "rate": rate})
+    )
     return 0
 
 
-def measured_bytes(run: Run, folder: Path) -> int:
-    """The largest rank's peak."""
+def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
+    """What every rank wrote: peak bytes, seconds of its steps, rate of its products."""
     write_inputs(folder, run.layers)
     out = folder / "runs" / run.name.replace(", ", "-").replace(" ", "-")
     config = out.with_suffix(".yaml")
@@ -172,7 +181,7 @@ def measured_bytes(run: Run, folder: Path) -> int:
         command += ["--master_port", str(free_port()), "--module", module, *words]
     with (out / "output.log").open("ab") as log:
         subprocess.run(command, env=environ, stdout=log, stderr=log, check=True)
-    return max(json.loads(path.read_text())["peak"] for path in out.glob("peak-*.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("peak-*.json"))]
 
 
 def write_inputs(folder: Path, layers: int) -> None:
@@ -213,20 +222,30 @@ def main() -> int:
     options, rest = parser.parse_known_args()
     if options.worker is not None:
         return worker(options.worker, [word for word in rest if not word.startswith("--local_rank")])
-    rows = []
+    known = json.loads(options.out.read_text(encoding="utf-8"))["runs"] if options.out.is_file() else []
+    rows = {row["run"]: row for row in known}
     with tempfile.TemporaryDirectory() as folder:
         for run in RUNS:
-            if options.only not in run.name:
-                continue
-            parts = estimated_bytes(run)
-            measured = measured_bytes(run, Path(folder))
-            row = {"run": run.name, "estimated_mib": parts["peak"] / MIB, "measured_mib": measured / MIB}
-            rows.append(row | {"parts_mib": {name: value / MIB for name, value in parts.items()}})
-            ratio = parts["peak"] / measured
-            print(f"{run.name:<40} {parts['peak'] / MIB:8.0f} {measured / MIB:8.0f} {ratio:6.2f}", flush=True)
-    result = {"machine": machine(), "tolerance": TOLERANCE, "model": model_config(8).to_diff_dict(), "runs": rows}
+            if options.only in run.name:
+                rows[run.name] = compared(run, Path(folder))
+    result = {"machine": machine(), "tolerance": TOLERANCE, "model": model_config(8).to_diff_dict()}
+    result["runs"] = [rows[run.name] for run in RUNS if run.name in rows]
     write_text_atomic(options.out, json.dumps(result, indent=1) + "\n")
     return 0
+
+
+def compared(run: Run, folder: Path) -> dict[str, Any]:
+    """One row of the results."""
+    (parts, operations), ranks = estimate(run), measure(run, folder)
+    measured = max(rank["peak"] for rank in ranks)
+    row = {"run": run.name, "estimated_mib": parts["peak"] / MIB, "measured_mib": measured / MIB}
+    line = f"{run.name:<40} {parts['peak'] / MIB:8.0f} {measured / MIB:8.0f} MiB {parts['peak'] / measured:6.2f}"
+    if run.ranks == 1:
+        seconds, expected = statistics.median(ranks[0]["seconds"][1:]), operations / (EFFICIENCY * ranks[0]["rate"])
+        row |= {"estimated_s": expected, "measured_s": seconds, "matmul_gflops": ranks[0]["rate"] / 1e9}
+        line += f" {expected:8.2f} {seconds:8.2f} s {expected / seconds:6.2f}"
+    print(line, flush=True)
+    return row | {"parts_mib": {name: value / MIB for name, value in parts.items()}}
 
 
 if __name__ == "__main__":

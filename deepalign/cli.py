@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample`."""
+"""The command line: `deepalign demo|sample|cache-teacher`."""
 
 import argparse
 import sys
@@ -18,7 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
+    commands.add_parser(
+        "cache-teacher", help="compute the teachers' hidden states once, before training", add_help=False
+    )
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "cache-teacher":
+        return _cache_teacher(rest)
     try:
         return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
@@ -46,6 +51,12 @@ def _sample(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
     add_arguments(parser)
     return run(parser.parse_args(arguments))
+
+
+def _cache_teacher(arguments: Sequence[str]) -> int:
+    from deepalign.train.cache_cli import main as cache_main  # imports torch and transformers
+
+    return cache_main(arguments)
 
 
 if __name__ == "__main__":

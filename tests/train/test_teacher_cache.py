@@ -84,8 +84,8 @@ def test_reading_rows_copies_these_rows_alone(tmp_path):
     write_index(folder, index)
     for teacher in index.hidden_sizes:
         write_shard(folder, index, teacher, 0, torch.zeros(2**14, 1024))
-    cache = TeacherCache(folder)
     before = own_bytes()
+    cache = TeacherCache(folder)
     rows = [cache.rows("aligned", torch.arange(start, 2**14, 2**9)) for start in range(16)]
     assert len(rows) == 16
     assert own_bytes() - before < 8 * 2**20

@@ -25,14 +25,14 @@ class LoraConfig:
     """A LoRA adapter (peft) on the student instead of training all of its weights."""
 
     r: int = 16
-    alpha: float = 32.0
+    alpha: int = 32
     dropout: float = 0.0
     target_modules: tuple[str, ...] | None = None  # None: every linear layer but the head
     train_lm_head: bool = False  # an adapter on the head as well; needs dropout 0 and a head that is not tied
 
     def __post_init__(self) -> None:
         _require(self.r >= 1, "lora.r", self.r, "at least 1")
-        _require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "positive and finite")
+        _require(self.alpha >= 1, "lora.alpha", self.alpha, "at least 1")
         _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("lora.target_modules is empty; give names of modules, or null for every linear layer")
@@ -96,7 +96,9 @@ class TrainConfig:
     save_steps: int = 100
     save_total_limit: int = 2
     resume: Literal["auto", "never"] = "auto"  # "auto": go on from the last checkpoint in output_dir
-    report_to: str = "none"
+    report_to: str = "none"  # none | tensorboard | wandb | tensorboard,wandb
+    on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite (rows: skipped.jsonl)
+    mean_logit_drift: float | None = 2.0  # warn when the mean logit is this far from the aligned model's; null: never
 
     def __post_init__(self) -> None:
         for name in ("harmful_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
@@ -107,6 +109,8 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "at least 0 and finite")
         for name in ("epochs", "learning_rate", "max_grad_norm"):
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
+        drift = self.mean_logit_drift
+        _require(drift is None or 0 < drift < float("inf"), "mean_logit_drift", drift, "positive, or null")
         for name in ("max_steps", "max_length", "world_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or null")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from deepalign.data.steps import Batch
+from deepalign.models import logits_width
 from deepalign.output_head import OutputHead, hidden_states, output_head
 
 # What of a batch a decoder is called with, where the batch has it.
@@ -46,6 +47,11 @@ class Teachers(ABC):
         Returns:
             (aligned_RH, base_RH), without gradient, each in the dtype of its head and with its own H.
         """
+
+    @property
+    def width(self) -> int:
+        """Entries that both teachers' logits have, padding included."""
+        return min(self.aligned_head.lm_head.shape[0], self.base_head.lm_head.shape[0])
 
     def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits at the batch's rows, (aligned_RV, base_RV), without gradient; V is each model's own width."""
@@ -96,8 +102,13 @@ class AdapterTeachers(Teachers):
         base: the frozen base model.
     """
 
-    def __init__(self, student: nn.Module, base: PreTrainedModel) -> None:
+    def __init__(self, student: PreTrainedModel, base: PreTrainedModel) -> None:
         self.student, self.base = student, base
+
+    @property
+    def width(self) -> int:
+        """Asked outside the forward too, where ZeRO-3 has the student's weights partitioned."""
+        return min(logits_width(self.student), logits_width(self.base))
 
     @property
     def aligned_head(self) -> OutputHead:

@@ -216,14 +216,14 @@ def test_a_missing_compiler_or_ninja_is_said_before_deepspeed_needs_it(
 
 def test_ranks_that_transformers_does_not_see_are_refused(tiny_run: TinyRun, tmp_path, refused, monkeypatch):
     """What happens where accelerate ignores the launcher: every rank would train on all the data."""
-    import deepalign.train.run as run
+    import deepalign.train.prepare as prepare
 
     class OneRank:
         world_size = 1
         ddp_backend = None
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(run, "_training_arguments", lambda *args: OneRank())
+    monkeypatch.setattr(prepare, "training_arguments", lambda *args: OneRank())
     assert "started 2 ranks but transformers sees 1" in refused(tiny_run.config(tmp_path / "out"))
 
 

@@ -21,13 +21,15 @@ from transformers import PreTrainedModel
 
 from deepalign.data.chat import EncodedExample
 from deepalign.models import load_frozen_model, set_cpu_threads
+from deepalign.train.checks import check_paths, check_quantization
 from deepalign.train.config import load_config
 from deepalign.train.frozen_heads import empty_output_head
+from deepalign.train.prepare import load_common_tokenizer, load_streams
 from deepalign.train.ranks import FirstRankError, Ranks
 from deepalign.train.teacher_cache import DTYPES, CacheIndex, plan_shards
 from deepalign.train.teacher_cache_write import MIB, Report, Teacher, write_teacher_cache
 from deepalign.train.teacher_fingerprint import model_folder
-from deepalign.train.teacher_inputs import teacher_inputs
+from deepalign.train.teacher_models import cache_fingerprint, quantization_options
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -51,7 +53,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str] = ()) -> int:
     """
     ranks = Ranks.from_launcher()
     plan = ranks.on_first(lambda: _plan(options, overrides))
-    if plan.device == "cpu":
+    if not plan.on_gpu:
         set_cpu_threads()
     report = write_teacher_cache(
         plan.folder,
@@ -81,7 +83,8 @@ class _Plan:
     examples: list[EncodedExample]
     pad_token_id: int
     dtype: torch.dtype
-    device: str
+    quantization: str | None
+    on_gpu: bool
 
 
 def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> _Plan:
@@ -91,28 +94,43 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> _Plan:
     config = load_config(options.config, overrides)
     if config.teacher_cache is None:
         raise ValueError("teacher_cache is not set; give the folder to write, here or in the configuration")
-    inputs = teacher_inputs(config)
-    hidden_sizes = {name: _hidden_size(path) for name, path in inputs.paths.items()}
-    examples = [example for stream in inputs.streams.values() for example in stream]
+    on_gpu = torch.cuda.is_available() and not config.use_cpu
+    check_paths(config)
+    check_quantization(config, on_gpu)
+    tokenizer = load_common_tokenizer(config)
+    harmful, utility = load_streams(config, tokenizer, verbose=True)
+    dtype = torch.bfloat16 if (on_gpu if config.bf16 is None else config.bf16) else torch.float32
+    paths = {"aligned": config.aligned, "base": config.base}
+    hidden_sizes = {name: _hidden_size(path) for name, path in paths.items()}
+    examples = [*harmful, *utility]
     lengths = [example.response_length for example in examples]
     # the same examples are in a shard of either teacher; the wider one decides how many
     row_bytes = max(hidden_sizes.values()) * DTYPES[options.dtype].itemsize
     index = CacheIndex(
-        fingerprint=inputs.fingerprint(),
+        fingerprint=cache_fingerprint(config, dtype, tokenizer, harmful, utility),
         dtype=options.dtype,
         hidden_sizes=hidden_sizes,
-        streams={name: len(stream) for name, stream in inputs.streams.items()},
+        streams={"harmful": len(harmful), "utility": len(utility)},
         answer_lengths=lengths,
         shard_starts=plan_shards(lengths, row_bytes, int(options.shard_mib * MIB)),
     )
-    folder, pad = Path(config.teacher_cache), int(inputs.tokenizer.pad_token_id)
-    return _Plan(folder, index, inputs.paths, examples, pad, inputs.dtype, inputs.device)
+    return _Plan(
+        folder=Path(config.teacher_cache),
+        index=index,
+        paths=paths,
+        examples=examples,
+        pad_token_id=int(tokenizer.pad_token_id),
+        dtype=dtype,
+        quantization=config.teacher_quantization,
+        on_gpu=on_gpu,
+    )
 
 
 def _load(path: str, plan: _Plan) -> PreTrainedModel:
-    model = load_frozen_model(path, plan.dtype)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    torch.nn.Module.to(model, torch.device("cuda", local_rank) if plan.device == "cuda" else torch.device("cpu"))
+    model = load_frozen_model(path, plan.dtype, quantization_options(plan.quantization, plan.dtype))
+    if plan.quantization is None:  # a quantised model is loaded where it stays
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if plan.on_gpu else torch.device("cpu")
+        torch.nn.Module.to(model, device)
     return model
 
 

@@ -21,7 +21,7 @@ from benchmarks.environment import machine
 from benchmarks.training_pair import PairSize, make_pair, write_config
 
 EPOCHS = 10
-SIZE = PairSize(vocab=8192, hidden=256, layers=6, examples=32, prompt=48, answer=63, batch=8)
+SIZE = PairSize(vocab=4096, hidden=256, layers=6, examples=24, prompt=48, answer=63, batch=8)
 
 
 def timed(words: list[str]) -> float:
@@ -38,7 +38,13 @@ def train(folder: Path, values: dict[str, object]) -> dict[str, float]:
     seconds = timed(["-m", "deepalign.train.run", "--config", str(config)])
     speed = json.loads((output / "run.json").read_text(encoding="utf-8"))["speed"]
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return {"process_s": seconds, "steps": len(lines), **speed, "first_loss": lines[0]["loss"], "loss": lines[-1]["loss"]}
+    return {
+        "process_s": seconds,
+        "steps": len(lines),
+        **speed,
+        "first_loss": lines[0]["loss"],
+        "loss": lines[-1]["loss"],
+    }
 
 
 def compare(folder: Path) -> dict[str, object]:

@@ -1,11 +1,12 @@
 """`deepalign cache-teacher`: it writes what the models give; nothing written is lost, or trusted blindly."""
 
+import io
 import json
+import multiprocessing
 import os
 import resource
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -19,11 +20,11 @@ from deepalign.cli import main
 from deepalign.data.chat import encode_example
 from deepalign.data.files import read_jsonl
 from deepalign.output_head import hidden_states
+from deepalign.train.launch import free_port
 from deepalign.train.teacher_cache import TEACHERS, TeacherCache, damaged_shards, read_index, shard_path
 from deepalign.train.teacher_cache_write import batches_by_length
 from tests.tiny import WORDS
 from tests.train.conftest import TinyRun
-from tests.train.launch import ROOT
 
 ONE_EXAMPLE = ("--shard-mib", "1e-6")  # a shard per example
 
@@ -60,8 +61,10 @@ def expected_rows(tiny_run: TinyRun, teacher: str, max_length=None):
     return torch.cat(rows)
 
 
-@pytest.mark.parametrize("words", [(), ONE_EXAMPLE, ("--batch-tokens", 20), ("--shard-mib", 0.001)])
-@pytest.mark.parametrize("max_length", [None, 12])
+@pytest.mark.parametrize(
+    ("words", "max_length"),
+    [((), 12), (ONE_EXAMPLE, None), (("--batch-tokens", 20), 12), (("--shard-mib", 0.001), None)],
+)
 def test_the_cache_holds_the_models_hidden_states(tiny_run, command, words, max_length):
     printed = command("--dtype", "float32", *words, *(() if max_length is None else ("--max_length", max_length)))
     cache = TeacherCache(command.folder)
@@ -193,72 +196,112 @@ def test_two_writers_do_not_meet(command):
 
 @pytest.fixture(scope="module")
 def long_run(tiny_run: TinyRun, tmp_path_factory):
-    """A configuration with 600 examples, a shard each, and its cache as written without interruption."""
+    """A configuration with 150 examples, a shard each, and its cache as written without interruption."""
     folder = tmp_path_factory.mktemp("long")
     generator = torch.Generator().manual_seed(1)
     lines = []
-    for _ in range(600):
+    for _ in range(150):
         words = [WORDS[int(i)] for i in torch.randint(len(WORDS), (12,), generator=generator)]
         lines.append(json.dumps({"prompt": " ".join(words[:5]), "completion": " ".join(words[5:])}) + "\n")
     (folder / "harmful.jsonl").write_text("".join(lines))
     config = tiny_run.config(folder / "out", harmful_data=str(folder / "harmful.jsonl"))
-    arguments = ["--config", str(config), "--no-progress", *ONE_EXAMPLE, "--teacher_cache"]
-    assert main(["cache-teacher", *arguments, str(folder / "whole")]) == 0
+    arguments = ["cache-teacher", "--config", str(config), "--no-progress", *ONE_EXAMPLE, "--teacher_cache"]
+    assert main([*arguments, str(folder / "whole")]) == 0
     return arguments, folder / "whole"
 
 
-def start(command, arguments, folder, log):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    words = [*command, "-m", "deepalign.train.cache_cli", *arguments, str(folder)]
-    with log.open("wb") as output:
-        return subprocess.Popen(words, stdout=output, stderr=output, env=environment, start_new_session=True)
+class RankProcesses:
+    """The command on ranks as a launcher starts them, forked from this process: nothing is imported again."""
+
+    def __init__(self, count: int, words: list[str], log: Path) -> None:
+        port = free_port()
+        self.log, self.folder = log, Path(words[-1])
+        self.ranks = []
+        for rank in range(count):
+            process = multiprocessing.get_context("fork").Process(target=self._rank, args=(rank, count, port, words))
+            process.start()
+            self.ranks.append(process)
+
+    def _rank(self, rank: int, count: int, port: int, words: list[str]) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        torch.set_num_threads(1)  # threads of the parent are not here
+        with self.log.open("ab", buffering=0) as log:
+            sys.stdout = sys.stderr = io.TextIOWrapper(log, write_through=True)
+            os._exit(main(words))
+
+    def wait_for_shards(self, count: int) -> None:
+        deadline = time.monotonic() + 60
+        while len(list(self.folder.glob("*.safetensors"))) < count:
+            assert all(process.is_alive() for process in self.ranks), self.log.read_text()
+            assert time.monotonic() < deadline, self.log.read_text()
+            time.sleep(0.002)
+
+    def exit_codes(self) -> list[int | None]:
+        for process in self.ranks:
+            process.join(timeout=60)
+        return [process.exitcode for process in self.ranks]
+
+    def kill(self) -> None:
+        for process in self.ranks:
+            process.kill()
+        self.exit_codes()
 
 
-def wait_for_shards(folder, count, process, log):
-    deadline = time.monotonic() + 120
-    while len(list(folder.glob("*.safetensors"))) < count:
-        assert process.poll() is None, log.read_text()[-3000:]
-        assert time.monotonic() < deadline, log.read_text()[-3000:]
-        time.sleep(0.005)
+@pytest.fixture
+def ranks(tmp_path):
+    started = []
+
+    def start(count, words):
+        started.append(RankProcesses(count, words, tmp_path / "log"))
+        return started[-1]
+
+    yield start
+    for processes in started:
+        processes.kill()
 
 
-def assert_goes_on(arguments, folder, whole, capsys, lost: int):
+def assert_goes_on(words, whole, capsys, lost: int):
     """What is there under its name is whole; the next run computes the rest and ends with the same files."""
+    folder = Path(words[-1])
     index = read_index(folder)
     there = [(t, s) for t in TEACHERS for s in range(index.shards) if shard_path(folder, t, s).exists()]
     assert len(list(folder.glob(".*.incomplete"))) <= lost
     assert damaged_shards(folder, index, there) == []
     assert 0 < len(there) < 2 * index.shards, "killed after the end: give it more examples"
     capsys.readouterr()
-    assert main(["cache-teacher", *arguments, str(folder)]) == 0
+    assert main(words) == 0
     assert f"{len(there)} are there" in capsys.readouterr().out
     assert contents(folder) == contents(whole)
 
 
-def test_killed_anywhere_it_goes_on_where_it_was(long_run, tmp_path, capsys):
+def test_all_ranks_killed_anywhere_one_process_goes_on(long_run, ranks, tmp_path, capsys):
     arguments, whole = long_run
-    process = start([sys.executable], arguments, tmp_path / "cache", tmp_path / "log")
-    wait_for_shards(tmp_path / "cache", 20, process, tmp_path / "log")
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert_goes_on(arguments, tmp_path / "cache", whole, capsys, lost=1)
+    words = [*arguments, str(tmp_path / "cache")]
+    processes = ranks(2, words)
+    processes.wait_for_shards(10)
+    processes.kill()
+    assert processes.exit_codes() == [-signal.SIGKILL, -signal.SIGKILL]
+    assert_goes_on(words, whole, capsys, lost=2)
 
 
-def test_one_rank_killed_ends_all_and_another_number_of_ranks_goes_on(long_run, tmp_path, capsys):
-    """torchrun with two ranks, kill -9 of one of them; then one process does the rest."""
+def test_one_rank_killed_ends_the_others_with_an_error(long_run, ranks, tmp_path, capsys):
+    """The others write their shares, then miss the dead one (a launcher ends them at once)."""
     arguments, whole = long_run
-    log = tmp_path / "log"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    process = start(torchrun, arguments, tmp_path / "cache", log)
-    try:
-        wait_for_shards(tmp_path / "cache", 20, process, log)
-        ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        assert len(ranks) >= 2
-        os.kill(int(ranks[-1]), signal.SIGKILL)
-        assert process.wait(timeout=60) != 0
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    assert "SIGKILL" in log.read_text()
-    assert_goes_on(arguments, tmp_path / "cache", whole, capsys, lost=2)
+    words = [*arguments, str(tmp_path / "cache")]
+    processes = ranks(2, words)
+    processes.wait_for_shards(10)
+    processes.ranks[1].kill()
+    assert processes.exit_codes() == [2, -signal.SIGKILL]
+    assert "error: rank 0: " in processes.log.read_text()
+    assert_goes_on(words, whole, capsys, lost=1)
+
+
+def test_ranks_write_what_one_process_writes_and_an_error_is_said_once(long_run, ranks, tmp_path):
+    arguments, whole = long_run
+    assert ranks(3, [*arguments, str(tmp_path / "cache")]).exit_codes() == [0, 0, 0]
+    assert contents(tmp_path / "cache") == contents(whole)
+    processes = ranks(2, [*arguments[:-1], "--max_length", "13", "--teacher_cache", str(tmp_path / "cache")])
+    assert processes.exit_codes() == [2, 2]
+    assert processes.log.read_text().count("error: ") == 1
+    assert "rank 0: the teacher cache" in processes.log.read_text()

@@ -139,7 +139,9 @@ class CompletionTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self.guard.judge_loss()
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss, **options)
+        # A clone: on the very tensor that its forward returned, DeepSpeed's ZeRO-0 divides by the accumulation steps
+        # all the same (docs/log.md).
+        self.accelerator.backward(loss.clone(), **options)
         return loss.detach()
 
     def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample|sweep`."""
+"""The command line: `deepalign demo|sample|sweep|cache-teacher`."""
 
 import argparse
 import sys
@@ -19,7 +19,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
     commands.add_parser("sweep", help="one training per cell of a grid of settings, and a table", add_help=False)
+    commands.add_parser(
+        "cache-teacher", help="compute the teachers' hidden states once, before training", add_help=False
+    )
     options, rest = parser.parse_known_args(arguments)
+    if options.command == "cache-teacher":
+        return _cache_teacher(rest)
     try:
         if options.command == "sweep":
             return _sweep(rest)
@@ -60,6 +65,12 @@ def _sweep(arguments: Sequence[str]) -> int:
     add_arguments(parser)
     options, overrides = parser.parse_known_args(arguments)
     return sweep(options, overrides)
+
+
+def _cache_teacher(arguments: Sequence[str]) -> int:
+    from deepalign.train.cache_cli import main as cache_main  # imports torch and transformers
+
+    return cache_main(arguments)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ from deepalign.train.teacher_cache import TEACHERS, TeacherCache, damaged_shards
 from deepalign.train.teacher_fingerprint import check_fingerprint
 from deepalign.train.teachers import Teachers
 
-READ_AHEAD = 4  # batches
 _CHECKERS = 4  # threads; checksums let go of the interpreter
 
 
@@ -32,8 +31,6 @@ class CachedTeachers(Teachers):
     def __init__(self, cache: TeacherCache, aligned_head: OutputHead, base_head: OutputHead) -> None:
         self.cache = cache
         self._heads = {"aligned": aligned_head, "base": base_head}
-        self._reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="teacher-cache")
-        self._ahead: dict[bytes, Future[list[Tensor]]] = {}
 
     @classmethod
     def open(
@@ -78,22 +75,10 @@ class CachedTeachers(Teachers):
         """The head of the base model."""
         return self._heads["base"]
 
-    def prefetch(self, batch: Batch) -> None:
-        """Start reading the rows of a batch whose turn comes later; `hidden` of that batch then finds them there.
-
-        At most `READ_AHEAD` batches are held; the oldest is forgotten.
-        """
-        rows = batch["answer_row"]
-        self._ahead[_key(rows)] = self._reader.submit(self._read, rows)
-        while len(self._ahead) > READ_AHEAD:
-            self._ahead.pop(next(iter(self._ahead)))
-
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Read (or take what was read ahead) the batch's rows, in the dtype and on the device of the heads."""
-        rows = batch["answer_row"].cpu()
-        ahead = self._ahead.pop(_key(rows), None)
-        aligned_RH, base_RH = self._read(rows) if ahead is None else ahead.result()
-        return self._placed("aligned", aligned_RH), self._placed("base", base_RH)
+        """Read the batch's rows, in the dtype and on the device of the heads."""
+        answer_row_R = batch["answer_row"].cpu()
+        return self._rows("aligned", answer_row_R), self._rows("base", answer_row_R)
 
     def to(self, device: torch.device) -> None:
         """Move the heads; equal ones stay one."""
@@ -103,14 +88,7 @@ class CachedTeachers(Teachers):
             moved.setdefault(key, head.lm_head.to(device))
             self._heads[name] = dataclasses.replace(head, lm_head=moved[key])
 
-    def _read(self, rows: Tensor) -> list[Tensor]:
-        pin_memory = self.aligned_head.lm_head.is_cuda
-        return [self.cache.rows(teacher, rows, pin_memory) for teacher in TEACHERS]
-
-    def _placed(self, teacher: str, hidden_RH: Tensor) -> Tensor:
+    def _rows(self, teacher: str, answer_row_R: Tensor) -> Tensor:
         matrix = self._heads[teacher].lm_head
+        hidden_RH = self.cache.rows(teacher, answer_row_R, pin_memory=matrix.is_cuda)
         return hidden_RH.to(matrix.device, non_blocking=True).to(matrix.dtype)
-
-
-def _key(rows: Tensor) -> bytes:
-    return rows.numpy().tobytes()

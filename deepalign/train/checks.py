@@ -48,8 +48,7 @@ def check_machine(config: TrainConfig, on_gpu: bool, world_size: int) -> None:
         )
     if config.implementation is not None:
         choose_implementation(IMPLEMENTATIONS, config.implementation, torch.device("cuda" if on_gpu else "cpu"))
-    if config.teacher_quantization is not None:
-        _check_quantization(config.teacher_quantization, on_gpu)
+    check_quantization(config, on_gpu)
     for name in config.report_to.split(","):
         _check_report_to(name)
     if config.deepspeed is None:
@@ -62,7 +61,11 @@ def check_machine(config: TrainConfig, on_gpu: bool, world_size: int) -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
 
 
-def _check_quantization(kind: str, on_gpu: bool) -> None:
+def check_quantization(config: TrainConfig, on_gpu: bool) -> None:
+    """Refuse quantised teachers where bitsandbytes cannot run."""
+    kind = config.teacher_quantization
+    if kind is None:
+        return
     if not on_gpu:
         raise RuntimeError(f"teacher_quantization is {kind!r} but there is no GPU here; set it to null on a CPU")
     if importlib.util.find_spec("bitsandbytes") is None:

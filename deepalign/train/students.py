@@ -1,5 +1,7 @@
 """The student: a model whose weights are all trained, or one with a LoRA adapter."""
 
+from functools import partial
+
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
@@ -68,7 +70,10 @@ def with_adapter(student: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTr
         lora_dropout=lora.dropout,
         target_modules=sorted(targets),
     )
-    return get_peft_model(student, settings)  # type: ignore[return-value]
+    adapted = get_peft_model(student, settings)
+    # peft would put the frozen head beside its adapter, a copy in every checkpoint
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    return adapted  # type: ignore[return-value]
 
 
 def _head_name(model: PreTrainedModel) -> str:

@@ -207,7 +207,7 @@ def answer_hidden_states(
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Places in `lengths`, longest first, in batches of at most `batch_tokens` positions, padding included, or of one."""
+    """Places in `lengths`, longest first, in batches of one or of at most `batch_tokens` positions with padding."""
     order = sorted(range(len(lengths)), key=lambda place: -lengths[place])
     start = 0
     while start < len(order):
@@ -240,7 +240,8 @@ def _open_or_create(folder: Path, plan: CacheIndex, overwrite: bool) -> CacheInd
         write_index(folder, plan)
     index = read_index(folder)
     remedy = "give another folder (teacher_cache), or --overwrite to delete it and start again"
-    check_fingerprint(folder, index.fingerprint, plan.fingerprint, remedy)
+    saved, now = ({**it.fingerprint, "stored_dtype": it.dtype} for it in (index, plan))
+    check_fingerprint(folder, saved, now, remedy)
     return index
 
 

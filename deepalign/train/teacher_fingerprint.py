@@ -27,7 +27,7 @@ def teacher_fingerprint(
     teachers: Mapping[str, str],
     tokenizer: PreTrainedTokenizerBase,
     streams: Mapping[str, Sequence[EncodedExample]],
-    max_length: int,
+    max_length: int | None,
     compute_dtype: torch.dtype,
     quantization: str | None = None,
 ) -> dict[str, Any]:
@@ -37,7 +37,7 @@ def teacher_fingerprint(
         teachers: name to folder or hub id.
         tokenizer: with its chat template.
         streams: encoded examples by stream.
-        max_length: tokens an example is cut to.
+        max_length: tokens an example is cut to, as configured (None: the models' context).
         compute_dtype: in which the teachers run.
         quantization: of the teachers, by name.
 

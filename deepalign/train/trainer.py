@@ -134,13 +134,19 @@ class CompletionTrainer(Trainer):
         model.train()
         self.speed.saw(inputs)
         # Trainer._prepare_inputs would round the row weights to bf16 under DeepSpeed
-        batch = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+        batch = {name: self._placed(name, tensor) for name, tensor in inputs.items()}
         loss = self.compute_loss(model, batch)
         if self.accelerator.sync_gradients:
             self.guard.judge_loss()
         options = {"scale_wrt_gas": False} if self.is_deepspeed_enabled else {}
-        self.accelerator.backward(loss, **options)
+        # A clone: on the very tensor that its forward returned, DeepSpeed's ZeRO-0 divides by the accumulation steps
+        # all the same (docs/log.md).
+        self.accelerator.backward(loss.clone(), **options)
         return loss.detach()
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of a batch where it is needed: the numbers that a teacher cache is read by stay on the CPU."""
+        return tensor if name == "answer_row" else tensor.to(self.args.device, non_blocking=True)
 
     def compute_loss(
         self,

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 
-from tests.tiny import WORDS, make_model, make_tokenizer
+from tests.tiny import make_model, make_tokenizer
+from tests.train.tiny_run import write_data
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,7 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     for seed, name in ((0, "aligned"), (1, "base")):
         make_model(seed, tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    generator = torch.Generator().manual_seed(0)
-    for name, rows in (("harmful", 10), ("utility", 13)):
-        lines = []
-        for _ in range(rows):
-            lengths = torch.randint(2, 9, (2,), generator=generator).tolist()
-            prompt, completion = (
-                " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (n,), generator=generator)) for n in lengths
-            )
-            lines.append(json.dumps({"prompt": prompt, "completion": completion}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    write_data(folder)
     return TinyRun(folder, folder / "aligned", folder / "base", folder / "harmful.jsonl", folder / "utility.jsonl")
 
 

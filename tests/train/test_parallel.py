@@ -32,7 +32,7 @@ def two_rank_runs(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -
             changes = CHANGES | {"deepspeed": stage, "gradient_accumulation_steps": steps, "world_size": 2}
             configs.append(tiny_run.config(folder / f"{stage}-{steps}", **changes))
     cells = [["--config", str(config)] for config in configs]
-    (folder / "cells.json").write_text(json.dumps(cells))
+    (folder / "cells.json").write_text(json.dumps({"runs": cells}))
     log = folder / "log"
     finish(launch([Path(__file__).with_name("worker.py"), folder / "cells.json"], log), log)
     return folder

@@ -25,7 +25,7 @@ from transformers import LlamaConfig
 
 from benchmarks import allocator
 from benchmarks.environment import machine
-from benchmarks.peak_memory import _status_bytes
+from benchmarks.peak_memory import restart_peak, status_bytes
 from deepalign.data.files import write_text_atomic
 from deepalign.train.config import LoraConfig
 from deepalign.train.estimate import Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
@@ -120,19 +120,18 @@ def worker(out: Path, arguments: list[str]) -> int:
     from deepalign.train.run import train
 
     config = load_config(arguments[1], arguments[2:])
-    before, peaks = _status_bytes("VmRSS"), []
+    before, peaks = status_bytes("VmRSS"), []
 
     class Note(TrainerCallback):
         """Before anything is saved: a checkpoint gathers weights, which is not what a step holds."""
 
         def on_step_end(self, *args: object, **options: object) -> None:
-            peaks.append(_status_bytes("VmHWM") - before)
+            peaks.append(status_bytes("VmHWM") - before)
 
     run = prepare(config)
     run.trainer.add_callback(Note())
     rate = matmul_rate(torch.device("cpu"), torch.bfloat16 if config.bf16 else torch.float32)
-    with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-        file.write("5")  # the high-water mark starts again: loading is not training
+    restart_peak()  # loading is not training
     train(run)
     rank = os.environ.get("RANK", "0")
     write_text_atomic(

@@ -233,7 +233,12 @@ def test_bad_numbers_are_refused(tiny_run: TinyRun, tmp_path, capsys):
 
 
 def test_the_committed_comparison_with_measured_runs_is_within_what_is_stated():
-    results = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "training_estimate.json").read_text())
-    assert len(results["runs"]) >= 8
-    for run in results["runs"]:
-        assert abs(run["estimated_mib"] / run["measured_mib"] - 1) <= results["tolerance"], run
+    """The file is of the estimates as they are now, and as close to the measured peaks as it says."""
+    from benchmarks.training_estimate import MIB, RUNS, TOLERANCE, estimate
+
+    results = Path(__file__).parents[2] / "benchmarks" / "results" / "training_estimate.json"
+    rows = {row["run"]: row for row in json.loads(results.read_text())["runs"]}
+    for run in RUNS:
+        row, (parts, _) = rows[run.name], estimate(run)
+        assert parts["peak"] / MIB == pytest.approx(row["estimated_mib"], rel=1e-3), run.name
+        assert row["estimated_mib"] == pytest.approx(row["measured_mib"], rel=TOLERANCE), run.name

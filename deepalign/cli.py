@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample`."""
+"""The command line: `deepalign demo|sample|merge`."""
 
 import argparse
 import sys
@@ -18,9 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
+    commands.add_parser("merge", help="one model of a LoRA adapter and its base model", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     try:
-        return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
+        if options.command == "demo":
+            return _demo(parser.parse_args(arguments))
+        return _sample(rest) if options.command == "sample" else _merge(rest)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +47,14 @@ def _sample(arguments: Sequence[str]) -> int:
     from deepalign.sampling.cli import add_arguments, run  # imports torch and transformers, which takes seconds
 
     parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from deepalign.train.merge import add_arguments, run
+
+    parser = argparse.ArgumentParser(prog="deepalign merge", description="merge a LoRA adapter into its base model")
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from deepalign.data.sources import check_data
 from deepalign.kernels.checks import choose_implementation
 from deepalign.kernels.completion_loss import IMPLEMENTATIONS
 from deepalign.models import check_model_path
@@ -24,8 +25,8 @@ def check_paths(config: TrainConfig) -> None:
             check_model_path(name, value)
     for name in ("harmful_data", "utility_data"):
         value = getattr(config, name)
-        if value is not None and not Path(value).is_file():
-            raise FileNotFoundError(f"{name}: the file {value} does not exist")
+        if value is not None:
+            check_data(name, value)
     if config.deepspeed is not None:
         deepspeed_config_path(config.deepspeed)
     output_dir = Path(config.output_dir)
@@ -47,8 +48,7 @@ def check_machine(config: TrainConfig, on_gpu: bool, world_size: int) -> None:
         )
     if config.implementation is not None:
         choose_implementation(IMPLEMENTATIONS, config.implementation, torch.device("cuda" if on_gpu else "cpu"))
-    if config.teacher_quantization is not None:
-        _check_quantization(config.teacher_quantization, on_gpu)
+    check_quantization(config, on_gpu)
     for name in config.report_to.split(","):
         _check_report_to(name)
     if config.deepspeed is None:
@@ -61,7 +61,11 @@ def check_machine(config: TrainConfig, on_gpu: bool, world_size: int) -> None:
         os.environ.setdefault("MASTER_PORT", str(free_port()))
 
 
-def _check_quantization(kind: str, on_gpu: bool) -> None:
+def check_quantization(config: TrainConfig, on_gpu: bool) -> None:
+    """Refuse quantised teachers where bitsandbytes cannot run."""
+    kind = config.teacher_quantization
+    if kind is None:
+        return
     if not on_gpu:
         raise RuntimeError(f"teacher_quantization is {kind!r} but there is no GPU here; set it to null on a CPU")
     if importlib.util.find_spec("bitsandbytes") is None:

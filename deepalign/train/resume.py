@@ -13,6 +13,7 @@ from deepalign.train.config import TrainConfig, config_as_dict
 # Settings that may change between an interrupted run and its continuation.
 FREE_ON_RESUME = {
     "output_dir",
+    "teacher_cache",  # may have been moved: its fingerprint says whether it is the right one
     "logging_steps",
     "save_steps",
     "save_total_limit",

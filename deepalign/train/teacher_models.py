@@ -6,6 +6,8 @@ which may serve as the aligned teacher, after it.
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -13,7 +15,9 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from deepalign.data.chat import EncodedExample
 from deepalign.models import load_frozen_model
 from deepalign.output_head import check_output_head, logit_transform
+from deepalign.train.cached_teachers import CachedTeachers
 from deepalign.train.config import TrainConfig
+from deepalign.train.teacher_fingerprint import teacher_fingerprint
 from deepalign.train.teachers import AdapterTeachers, OnlineTeachers, Teachers
 
 TeacherModels = Teachers | PreTrainedModel  # complete teachers, or the base model, to be completed by the student
@@ -34,10 +38,18 @@ def load_teacher_models(
     """What of the teachers is loaded before the student.
 
     Raises:
-        ValueError: a family whose head the linear loss does not know.
+        ValueError: a family whose head the linear loss does not know, or a teacher cache that is not whole or was
+            made for something else.
+        FileNotFoundError: no teacher cache where the configuration says.
     """
     if config.teacher == "cache":
-        raise ValueError("teacher: cache is not available in this version; use teacher: online")
+        return CachedTeachers.open(
+            Path(str(config.teacher_cache)),
+            cache_fingerprint(config, dtype, tokenizer, harmful, utility),
+            {"aligned": config.aligned, "base": config.base},
+            dtype,
+            progress=int(os.environ.get("LOCAL_RANK", 0)) == 0,
+        )
     base = _load(config, config.base, dtype)
     return base if student_is_aligned(config) else OnlineTeachers(_load(config, config.aligned, dtype), base)
 
@@ -48,6 +60,24 @@ def complete_teachers(config: TrainConfig, loaded: TeacherModels, student: PreTr
     if config.loss_form == "linear":
         _check_one_family(student, teachers)
     return teachers
+
+
+def cache_fingerprint(
+    config: TrainConfig,
+    dtype: torch.dtype,
+    tokenizer: PreTrainedTokenizerBase,
+    harmful: Sequence[EncodedExample],
+    utility: Sequence[EncodedExample],
+) -> dict[str, Any]:
+    """What a teacher cache for this training depends on; reads all weight files of both teachers once."""
+    return teacher_fingerprint(
+        teachers={"aligned": config.aligned, "base": config.base},
+        tokenizer=tokenizer,
+        streams={"harmful": harmful, "utility": utility},
+        max_length=config.max_length,
+        compute_dtype=dtype,
+        quantization=config.teacher_quantization,
+    )
 
 
 def _load(config: TrainConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:

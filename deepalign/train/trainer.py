@@ -134,7 +134,7 @@ class CompletionTrainer(Trainer):
         model.train()
         self.speed.saw(inputs)
         # Trainer._prepare_inputs would round the row weights to bf16 under DeepSpeed
-        batch = {name: tensor.to(self.args.device, non_blocking=True) for name, tensor in inputs.items()}
+        batch = {name: self._placed(name, tensor) for name, tensor in inputs.items()}
         loss = self.compute_loss(model, batch)
         if self.accelerator.sync_gradients:
             self.guard.judge_loss()
@@ -143,6 +143,10 @@ class CompletionTrainer(Trainer):
         # all the same (docs/log.md).
         self.accelerator.backward(loss.clone(), **options)
         return loss.detach()
+
+    def _placed(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of a batch where it is needed: the numbers that a teacher cache is read by stay on the CPU."""
+        return tensor if name == "answer_row" else tensor.to(self.args.device, non_blocking=True)
 
     def compute_loss(
         self,

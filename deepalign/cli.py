@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample|sweep|cache-teacher`."""
+"""The command line: `deepalign demo|sample|sweep|cache-teacher|merge`."""
 
 import argparse
 import sys
@@ -18,6 +18,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
+    commands.add_parser("merge", help="one model of a LoRA adapter and its base model", add_help=False)
     commands.add_parser("sweep", help="one training per cell of a grid of settings, and a table", add_help=False)
     commands.add_parser(
         "cache-teacher", help="compute the teachers' hidden states once, before training", add_help=False
@@ -26,9 +27,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "cache-teacher":
         return _cache_teacher(rest)
     try:
-        if options.command == "sweep":
-            return _sweep(rest)
-        return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
+        commands_by_name = {"sample": _sample, "sweep": _sweep, "merge": _merge}
+        if options.command in commands_by_name:
+            return commands_by_name[options.command](rest)
+        return _demo(parser.parse_args(arguments))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,6 +54,14 @@ def _sample(arguments: Sequence[str]) -> int:
     from deepalign.sampling.cli import add_arguments, run  # imports torch and transformers, which takes seconds
 
     parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from deepalign.train.merge import add_arguments, run
+
+    parser = argparse.ArgumentParser(prog="deepalign merge", description="merge a LoRA adapter into its base model")
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 

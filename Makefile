@@ -13,7 +13,7 @@ BENCH_FLAGS ?=
 ISAS ?= avx512 avx2 portable
 
 .PHONY: help install demo test test-isas check bench sanitize clean
-.PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
+.PHONY: matrix gpu-train triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
 	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
@@ -21,6 +21,8 @@ help:
 	@echo "make bench     benchmarks (CPU); results, table and plot in benchmarks/results/"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
+	@echo "make matrix    every ZeRO stage x LoRA x family x accumulation x ranks against float64 (a quarter of an hour)"
+	@echo "make gpu-train a 1B-shaped model through run.py on a GPU: speed and memory, linear against eager loss"
 	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler and gpu-rest,"
 	@echo "               minutes each; results in benchmarks/results/"
 
@@ -99,6 +101,14 @@ bench: $(READY) $(NATIVE)
 	@echo "== benchmarks (CPU); results in benchmarks/results/"
 	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json
+
+matrix: $(READY) $(NATIVE)
+	@echo "== the training matrix; result in docs/results/training-matrix.md"
+	$(BIN)/python -m tests.train.matrix --out docs/results --work build/matrix
+
+gpu-train: $(READY)
+	@echo "== training on a GPU through run.py"
+	$(BIN)/python -m benchmarks.gpu_train --out benchmarks/results/gpu-train.json $(GPU_TRAIN_FLAGS)
 
 gpu: gpu-check gpu-loss gpu-sampler gpu-rest
 

@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample|cache-teacher`."""
+"""The command line: `deepalign demo|sample|merge|cache-teacher`."""
 
 import argparse
 import sys
@@ -21,11 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "cache-teacher", help="compute the teachers' hidden states once, before training", add_help=False
     )
+    commands.add_parser("merge", help="one model of a LoRA adapter and its base model", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "cache-teacher":
         return _cache_teacher(rest)
     try:
-        return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
+        if options.command == "demo":
+            return _demo(parser.parse_args(arguments))
+        return _sample(rest) if options.command == "sample" else _merge(rest)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,6 +60,14 @@ def _cache_teacher(arguments: Sequence[str]) -> int:
     from deepalign.train.cache_cli import main as cache_main  # imports torch and transformers
 
     return cache_main(arguments)
+
+
+def _merge(arguments: Sequence[str]) -> int:
+    from deepalign.train.merge import add_arguments, run
+
+    parser = argparse.ArgumentParser(prog="deepalign merge", description="merge a LoRA adapter into its base model")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
 
 
 if __name__ == "__main__":

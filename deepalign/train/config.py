@@ -188,7 +188,9 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
-        inner = values.setdefault(key, {})
+        if values.get(key) is None:
+            values[key] = {}
+        inner = values[key]
         if not isinstance(inner, dict):
             raise ValueError(f"--{'.'.join(path)}: {key} holds no keys of its own")
         values = inner

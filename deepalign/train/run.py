@@ -44,8 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         train(run)
     except TrainingStopped as error:
-        # of every rank: a disk may be full on one machine only
-        print(f"error: rank {run.trainer.args.process_index}: {error}", file=sys.stderr, flush=True)
+        # Of every rank: a disk may be full on one machine only. On a line of its own, below the progress bar.
+        print(f"\nerror: rank {run.trainer.args.process_index}: {error}", file=sys.stderr, flush=True)
         return 1
     return 0
 

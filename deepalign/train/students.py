@@ -72,7 +72,7 @@ def with_adapter(student: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTr
     )
     adapted = get_peft_model(student, settings)
     # peft would put the frozen head beside its adapter, a copy in every checkpoint
-    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)
+    adapted.save_pretrained = partial(adapted.save_pretrained, save_embedding_layers=False)  # type: ignore[method-assign]
     return adapted  # type: ignore[return-value]
 
 

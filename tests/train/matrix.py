@@ -129,17 +129,15 @@ def config_values(cell: Cell, folder: Path, output_dir: Path) -> dict[str, Any]:
     }
 
 
-def write_cells(cells: Sequence[Cell], folder: Path) -> Path:
-    """The configurations of some cells and the file that tells a worker to run them with SGD."""
-    words = []
+def write_cells(cells: Sequence[Cell], folder: Path) -> list[Path]:
+    """The configuration files of some cells; they are to be run with SGD."""
+    paths = []
     for cell in cells:
         path = folder / "cells" / f"{cell.name}.yaml"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(config_values(cell, folder, folder / "cells" / cell.name)))
-        words.append(["--config", str(path)])
-    listed = folder / f"cells-{cells[0].ranks}.json"
-    listed.write_text(json.dumps({"sgd": True, "runs": words}))
-    return listed
+        paths.append(path)
+    return paths
 
 
 # ---- the reference ----
@@ -251,8 +249,9 @@ def run_cells(cells: Sequence[Cell], folder: Path) -> float:
 
     started, jobs = time.monotonic(), []
     for ranks in (1, 2):
-        listed = write_cells([cell for cell in cells if cell.ranks == ranks], folder)
-        log = folder / f"log-{ranks}"
+        paths = write_cells([cell for cell in cells if cell.ranks == ranks], folder)
+        listed, log = folder / f"cells-{ranks}.json", folder / f"log-{ranks}"
+        listed.write_text(json.dumps([{"words": ["--config", str(path)], "patches": {"sgd": None}} for path in paths]))
         worker = [Path(__file__).with_name("worker.py"), listed]
         jobs.append((launch_alone(worker, log) if ranks == 1 else launch(worker, log, ranks), log))
     for process, log in jobs:

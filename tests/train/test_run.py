@@ -13,7 +13,7 @@ from deepalign.data.files import read_jsonl
 from deepalign.data.steps import HARMFUL, UTILITY, RowWeights, StepDataset
 from deepalign.train.run import main
 from tests.tiny import WORDS, make_model, make_tokenizer
-from tests.train.conftest import TinyRun, read_metrics
+from tests.train.tiny_run import TinyRun, read_metrics
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from deepalign.train import teacher_models
 from deepalign.train.run import main
 from deepalign.train.teacher_cache import shard_path
 from tests.tiny import make_model, make_tokenizer
-from tests.train.conftest import TinyRun, read_metrics
+from tests.train.tiny_run import TinyRun, read_metrics
 
 TERMS = ("loss", "kl", "completion", "alpha", "base_favored_count", "mean_logit")
 # more than four passes over the harmful rows; the step length makes the student leave its start

@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample|merge|cache-teacher`."""
+"""The command line: `deepalign demo|sample|sweep|cache-teacher|merge`."""
 
 import argparse
 import sys
@@ -18,17 +18,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
+    commands.add_parser("merge", help="one model of a LoRA adapter and its base model", add_help=False)
+    commands.add_parser("sweep", help="one training per cell of a grid of settings, and a table", add_help=False)
     commands.add_parser(
         "cache-teacher", help="compute the teachers' hidden states once, before training", add_help=False
     )
-    commands.add_parser("merge", help="one model of a LoRA adapter and its base model", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     if options.command == "cache-teacher":
         return _cache_teacher(rest)
     try:
-        if options.command == "demo":
-            return _demo(parser.parse_args(arguments))
-        return _sample(rest) if options.command == "sample" else _merge(rest)
+        commands_by_name = {"sample": _sample, "sweep": _sweep, "merge": _merge}
+        if options.command in commands_by_name:
+            return commands_by_name[options.command](rest)
+        return _demo(parser.parse_args(arguments))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,18 +58,29 @@ def _sample(arguments: Sequence[str]) -> int:
     return run(parser.parse_args(arguments))
 
 
-def _cache_teacher(arguments: Sequence[str]) -> int:
-    from deepalign.train.cache_cli import main as cache_main  # imports torch and transformers
-
-    return cache_main(arguments)
-
-
 def _merge(arguments: Sequence[str]) -> int:
     from deepalign.train.merge import add_arguments, run
 
     parser = argparse.ArgumentParser(prog="deepalign merge", description="merge a LoRA adapter into its base model")
     add_arguments(parser)
     return run(parser.parse_args(arguments))
+
+
+def _sweep(arguments: Sequence[str]) -> int:
+    from deepalign.train.sweep import add_arguments, sweep  # imports torch
+
+    parser = argparse.ArgumentParser(
+        prog="deepalign sweep", description="train every cell of a grid", allow_abbrev=False
+    )
+    add_arguments(parser)
+    options, overrides = parser.parse_known_args(arguments)
+    return sweep(options, overrides)
+
+
+def _cache_teacher(arguments: Sequence[str]) -> int:
+    from deepalign.train.cache_cli import main as cache_main  # imports torch and transformers
+
+    return cache_main(arguments)
 
 
 if __name__ == "__main__":

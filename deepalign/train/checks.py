@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from deepalign.data.sources import check_data
 from deepalign.kernels.checks import choose_implementation
 from deepalign.kernels.completion_loss import IMPLEMENTATIONS
 from deepalign.models import check_model_path
@@ -24,8 +25,8 @@ def check_paths(config: TrainConfig) -> None:
             check_model_path(name, value)
     for name in ("harmful_data", "utility_data"):
         value = getattr(config, name)
-        if value is not None and not Path(value).is_file():
-            raise FileNotFoundError(f"{name}: the file {value} does not exist")
+        if value is not None:
+            check_data(name, value)
     if config.deepspeed is not None:
         deepspeed_config_path(config.deepspeed)
     output_dir = Path(config.output_dir)

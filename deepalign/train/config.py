@@ -16,6 +16,7 @@ from typing import Any, Literal
 import yaml
 
 from deepalign.kernels.completion_loss import CompletionLossConfig
+from deepalign.train.variants import choose_variant
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -58,9 +59,12 @@ class TrainConfig:
     teacher: Literal["online", "cache"] = "online"
     teacher_cache: str | None = None  # folder of the cache
     teacher_quantization: Literal["4bit", "8bit"] | None = None  # needs bitsandbytes and a GPU
-    # Data: JSONL, see deepalign/data/files.py. Longer rows lose the end of their answer (counted and reported).
+    # Data: a JSONL file or NAME[@SPLIT][:SOURCE], see docs/data.md. Longer rows lose the end of their answer (counted
+    # and reported).
     utility_data: str | None = None
     max_length: int | None = None  # tokens; None: the model's context
+    chat_template_options: dict[str, Any] = field(default_factory=dict)  # variables of the template: enable_thinking
+    packing: bool = False  # the rows of a micro-batch end to end, without padding
 
     # Objective (equations: deepalign/kernels/completion_loss/reference.py)
     loss: CompletionLossConfig = field(default_factory=CompletionLossConfig)
@@ -146,7 +150,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
-    for key, value in _parse_overrides(overrides):
+    values, pairs = choose_variant(values, _parse_overrides(overrides))
+    for key, value in pairs:
         _set(values, key.split("."), value)
     return build_dataclass(TrainConfig, values, prefix="")
 

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from deepalign.data.chat import EncodedExample, encode_example
-from deepalign.data.files import read_jsonl
+from deepalign.data.chat import EncodedExample, TemplateOptions, encode_example
+from deepalign.data.sources import load_conversations
 from deepalign.data.steps import RandomSelection, RowWeights, StepDataset, check_batch_size
 from deepalign.models import check_same_tokenizer, load_tokenizer, set_cpu_threads
 from deepalign.train.checks import check_machine, check_paths
@@ -66,7 +66,16 @@ def prepare(config: TrainConfig) -> Run:
         model=student,
         teachers=teachers,
         args=args,
-        train_dataset=step_dataset(config, args, tokenizer, harmful, utility, vocab_size),
+        train_dataset=step_dataset(
+            config,
+            tokenizer,
+            harmful,
+            utility,
+            vocab_size=vocab_size,
+            max_steps=args.max_steps,
+            rank=args.process_index,
+            world_size=args.world_size,
+        ),
         processing_class=tokenizer,
         loss_config=config.loss,
         loss_form=config.loss_form,
@@ -102,7 +111,8 @@ def load_streams(
     max_length = min(config.max_length or context, context)
     streams = []
     for stream, path in (("harmful", config.harmful_data), ("utility", config.utility_data)):
-        examples = [] if path is None else encode_file(path, tokenizer, max_length)
+        options = config.chat_template_options
+        examples = [] if path is None else encode_data(path, tokenizer, max_length, options, announce=verbose)
         cut = sum(example.truncated for example in examples)
         if verbose and path is not None:
             tokens = sum(example.response_length for example in examples)
@@ -112,30 +122,40 @@ def load_streams(
     return streams[0], streams[1]
 
 
-def encode_file(path: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> list[EncodedExample]:
-    """The conversations of a JSONL file as token ids; an error names the row.
+def encode_data(
+    spec: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    template_options: TemplateOptions | None = None,
+    announce: bool = False,
+) -> list[EncodedExample]:
+    """The conversations that `spec` names (deepalign/data/sources.py) as token ids; an error names the row.
 
     Raises:
         ValueError: a broken row, or one whose prompt alone fills `max_length`.
+        OSError, RuntimeError: data that cannot be read, see `load_data`.
     """
     examples = []
-    for row, messages in enumerate(read_jsonl(path), start=1):
+    for row, messages in enumerate(load_conversations(spec, announce=announce), start=1):
         try:
-            examples.append(encode_example(tokenizer, messages, max_length))
+            examples.append(encode_example(tokenizer, messages, max_length, template_options))
         except ValueError as error:
-            raise ValueError(f"{path}, row {row}: {error}") from None
+            raise ValueError(f"{spec}, row {row}: {error}") from None
     return examples
 
 
 def step_dataset(
     config: TrainConfig,
-    args: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     harmful: list[EncodedExample],
     utility: list[EncodedExample],
+    *,
     vocab_size: int,
+    max_steps: int,
+    rank: int,
+    world_size: int,
 ) -> StepDataset:
-    """This rank's micro-batches."""
+    """The micro-batches of one rank."""
     if config.loss.top_k > vocab_size:
         raise ValueError(f"loss.top_k is {config.loss.top_k} but the vocabulary has {vocab_size} entries")
     random_selection = RandomSelection(config.loss.top_k, vocab_size) if config.selection == "random" else None
@@ -144,17 +164,23 @@ def step_dataset(
         utility,
         harmful_batch_size=config.harmful_batch_size,
         utility_batch_size=config.utility_batch_size,
-        max_steps=args.max_steps,
+        max_steps=max_steps,
         weights=RowWeights.from_options(
             config.distill_on, config.completion_weight_harmful, config.completion_weight_utility
         ),
         pad_token_id=int(tokenizer.pad_token_id),
         seed=config.seed,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        rank=args.process_index,
-        world_size=args.world_size,
+        rank=rank,
+        world_size=world_size,
         random_selection=random_selection,
+        packing=config.packing,
     )
+
+
+def step_count(config: TrainConfig, harmful_rows: int) -> int:
+    """Optimizer steps of the run."""
+    return max(1, config.max_steps or -(-int(config.epochs * harmful_rows) // config.harmful_batch_size))
 
 
 def training_arguments(
@@ -162,10 +188,9 @@ def training_arguments(
 ) -> TrainingArguments:
     """What transformers' Trainer is told. To make them starts the ranks, and ZeRO-3's partitioning of what follows."""
     rows_per_step = config.harmful_batch_size + config.utility_batch_size
-    steps = config.max_steps or -(-int(config.epochs * harmful_rows) // config.harmful_batch_size)
     return TrainingArguments(
         output_dir=config.output_dir,
-        max_steps=max(steps, 1),
+        max_steps=step_count(config, harmful_rows),
         per_device_train_batch_size=rows_per_step // (world_size * config.gradient_accumulation_steps),
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         learning_rate=config.learning_rate,

@@ -22,6 +22,7 @@ from deepalign.train.config import config_as_dict, load_config
 from deepalign.train.model_card import versions
 from deepalign.train.nonfinite import TrainingStopped
 from deepalign.train.prepare import Run, prepare
+from deepalign.train.preview import add_preview_arguments, preview
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -33,10 +34,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = argparse.ArgumentParser(description="targeted completion training", allow_abbrev=False)
     parser.add_argument("--config", required=True, help="YAML file; any of its keys can follow as --key value")
+    add_preview_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
     known, overrides = parser.parse_known_args(arguments)
     try:
-        run = prepare(load_config(known.config, overrides))
+        config = load_config(known.config, overrides)
+        if preview(known, config):
+            return 0
+        run = prepare(config)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -43,7 +43,7 @@ def launch_alone(words: Sequence[str | Path], log: Path) -> subprocess.Popen[byt
         )
 
 
-def finish(process: subprocess.Popen[bytes], log: Path, seconds: float = 600) -> str:
+def finish(process: subprocess.Popen[bytes], log: Path, seconds: float = 1500) -> str:
     """Wait for a launch to succeed; returns its output, or fails with it."""
     try:
         code = process.wait(timeout=seconds)

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from deepalign.data.steps import RowWeights, StepDataset
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
 from deepalign.train.config import LoraConfig
-from deepalign.train.prepare import encode_file
+from deepalign.train.prepare import encode_data
 from deepalign.train.students import with_adapter
 from tests.tiny import FAMILIES, make_byte_tokenizer, make_tokenizer
 from tests.train.tiny_run import write_data
@@ -175,7 +175,7 @@ def reference(adaptation: str, family: str, folder: Path) -> Course:
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, folder: Path) -> StepDataset:
-    harmful, utility = (encode_file(str(folder / f"{name}.jsonl"), tokenizer, 128) for name in ("harmful", "utility"))
+    harmful, utility = (encode_data(str(folder / f"{name}.jsonl"), tokenizer, 128) for name in ("harmful", "utility"))
     return StepDataset(
         harmful,
         utility,

@@ -172,6 +172,7 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
         (["--max_length", "4"], "no answer token is left"),
         (["--lr", "1"], "unknown configuration key lr"),
         (["--implementation", "triton"], "triton"),
+        (["--teacher_quantization", "4bit", "--use_cpu", "true"], "teacher_quantization is '4bit' but there is no GPU"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_message(tiny_run: TinyRun, tmp_path, refused, words, problem):

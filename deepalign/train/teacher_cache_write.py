@@ -24,6 +24,7 @@ from deepalign.output_head import check_output_head, hidden_states, output_head
 from deepalign.train.frozen_heads import load_output_head
 from deepalign.train.ranks import Ranks
 from deepalign.train.teacher_cache import (
+    DTYPES,
     INDEX_FILE,
     TEACHERS,
     CacheIndex,
@@ -141,7 +142,8 @@ class _Job:
         work.loading = time.perf_counter() - start
         start = time.perf_counter()
         total = sum(self.index.shard_rows(shard) for shard in shards)
-        with tqdm(total=total, desc=self.name, unit="row", disable=not (progress and ranks.is_first)) as bar:
+        name = self.name if ranks.count == 1 else f"{self.name}, rank 0 of {ranks.count}"
+        with tqdm(total=total, desc=name, unit="row", disable=not (progress and ranks.is_first)) as bar:
             for shard in shards:
                 hidden_NH = self._hidden(model, shard)
                 self._write(shard, hidden_NH, shards[work.shards :])
@@ -158,11 +160,11 @@ class _Job:
         return work
 
     def _hidden(self, model: PreTrainedModel, shard: int) -> Tensor:
-        """(rows of the shard, H) in the head's dtype, on the CPU."""
+        """(rows of the shard, H) in the cache's dtype, on the CPU."""
         examples = self.index.examples(shard)
         first = self.index.offsets[examples.start]
         shape = self.index.shard_rows(shard), self.index.hidden_sizes[self.name]
-        hidden_NH = torch.empty(shape, dtype=output_head(model).lm_head.dtype)
+        hidden_NH = torch.empty(shape, dtype=DTYPES[self.index.dtype])
         for batch in batches_by_length([len(self.examples[i].input_ids) for i in examples], self.batch_tokens):
             numbers = [examples[place] for place in batch]
             parts = answer_hidden_states(model, [self.examples[i] for i in numbers], self.pad_token_id)
@@ -171,7 +173,7 @@ class _Job:
         if not bool(hidden_NH.isfinite().all()):
             raise ValueError(
                 f"{self.name} ({self.teacher.path}) gives hidden states that are not finite in the examples "
-                f"{examples.start} to {examples.stop - 1}; check its weights and dtype"
+                f"{examples.start} to {examples.stop - 1}, stored as {self.index.dtype}; check its weights and dtype"
             )
         return hidden_NH
 
@@ -232,8 +234,10 @@ def _check_teacher(name: str, path: str, model: PreTrainedModel) -> None:
 
 def _open_or_create(folder: Path, plan: CacheIndex, overwrite: bool) -> CacheIndex:
     if overwrite:
-        for path in [folder / INDEX_FILE, *folder.glob("*-?????.safetensors")]:
-            path.unlink(missing_ok=True)
+        (folder / INDEX_FILE).unlink(missing_ok=True)  # first: without it the shards are nobody's
+        for teacher in TEACHERS:
+            for path in folder.glob(f"{teacher}-?????.safetensors"):
+                path.unlink()
     for path in folder.glob(".*.incomplete"):  # of a killed process: this one holds the lock
         path.unlink()
     if not (folder / INDEX_FILE).exists():

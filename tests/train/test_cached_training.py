@@ -13,7 +13,7 @@ from deepalign.train import teacher_models
 from deepalign.train.run import main
 from deepalign.train.teacher_cache import shard_path
 from tests.tiny import make_model, make_tokenizer
-from tests.train.conftest import TinyRun, read_metrics
+from tests.train.tiny_run import TinyRun, read_metrics
 
 TERMS = ("loss", "kl", "completion", "alpha", "base_favored_count", "mean_logit")
 # more than four passes over the harmful rows; the step length makes the student leave its start
@@ -82,6 +82,14 @@ def test_losses_are_those_of_online_teachers(run, write_cache, monkeypatch, tmp_
     final = [load_file(tmp_path / name / "final" / "model.safetensors") for name in ("online", "cached-float32")]
     for name, value in final[0].items():
         torch.testing.assert_close(final[1][name], value, rtol=1e-3, atol=1e-4)
+
+
+def test_a_bfloat16_teacher_loses_nothing_in_a_bfloat16_cache(run, write_cache):
+    """Its hidden states are bfloat16 already: what differs is how batches of another shape are rounded."""
+    online = run("online", bf16=True)
+    cached = run("cached", bf16=True, **write_cache("cache", "bfloat16", bf16=True))
+    print("bf16", largest_difference(cached, online))
+    assert largest_difference(cached, online) < 1e-2
 
 
 def test_a_cache_serves_other_settings_orders_and_resumed_runs(run, write_cache, tmp_path):

@@ -24,7 +24,7 @@ from deepalign.train.launch import free_port
 from deepalign.train.teacher_cache import TEACHERS, TeacherCache, damaged_shards, read_index, shard_path
 from deepalign.train.teacher_cache_write import batches_by_length
 from tests.tiny import WORDS
-from tests.train.conftest import TinyRun
+from tests.train.tiny_run import TinyRun
 
 ONE_EXAMPLE = ("--shard-mib", "1e-6")  # a shard per example
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from deepalign.data.chat import EncodedExample
 from deepalign.train.teacher_fingerprint import check_fingerprint, differences, teacher_fingerprint
 from tests.tiny import WORDS, make_model, make_tokenizer
-from tests.train.conftest import TinyRun
+from tests.train.tiny_run import TinyRun
 
 EXAMPLES = [EncodedExample([6, 7, 8, 2], 2, False), EncodedExample([9, 8, 2], 1, False)]
 

@@ -153,8 +153,8 @@ def _workload(config: TrainConfig, ranks: int, context: int) -> tuple[Load, Aver
     rows, width = max(shapes, key=lambda shape: shape[0] * shape[1])
     load = Load(rows, width, max(weighted), packed=False)  # a packed batch is one long row already
     tokens = sum(rows * width for rows, width in shapes) / steps
-    length = sum(width for _, width in shapes) / len(shapes)
-    average = Average(tokens, sum(weighted) / steps, length, dataset.max_steps)
+    mean_width = sum(width for _, width in shapes) / len(shapes)
+    average = Average(tokens, sum(weighted) / steps, mean_width, dataset.max_steps)
     return load, average, f"the largest of {len(batches)} sampled"
 
 

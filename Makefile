@@ -15,8 +15,8 @@ ISAS ?= avx512 avx2 portable
 # Versions of torch that the built wheel is tried with.
 TORCHES ?= 2.13.0 2.11.0
 
-.PHONY: help install demo test test-isas check bench bench-full docs sanitize package clean
-.PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
+.PHONY: help install demo test test-isas check bench bench-full docs sanitize package matrix clean
+.PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest gpu-train
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
 	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
@@ -27,6 +27,8 @@ help:
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make package   sdist and wheel, tried in new environments with torch $(TORCHES)"
 	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
+	@echo "make matrix    every ZeRO stage x LoRA x family x accumulation x ranks against float64 (a quarter of an hour)"
+	@echo "make gpu-train a 1B-shaped model through run.py on a GPU: speed and memory, linear against eager loss"
 	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler and gpu-rest,"
 	@echo "               minutes each; results in benchmarks/results/"
 
@@ -118,6 +120,14 @@ bench-full: $(READY) $(NATIVE)
 	@echo "== all benchmarks (CPU): every instruction set, one and two threads; results in benchmarks/results/"
 	$(BIN)/python -m benchmarks.run --full $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json --readme README.md
+
+matrix: $(READY) $(NATIVE)
+	@echo "== the training matrix; result in docs/results/training-matrix.md"
+	$(BIN)/python -m tests.train.matrix --out docs/results --work build/matrix
+
+gpu-train: $(READY)
+	@echo "== training on a GPU through run.py"
+	$(BIN)/python -m benchmarks.gpu_train --out benchmarks/results/gpu-train.json $(GPU_TRAIN_FLAGS)
 
 gpu: gpu-check gpu-loss gpu-sampler gpu-rest
 

@@ -29,19 +29,29 @@ def peak_extra_bytes(contestant: Contestant) -> int:
     contestant.prepare()
     contestant.call()
     contestant.prepare()
+    before = restart_peak()
+    contestant.call()
+    return status_bytes("VmHWM") - before
+
+
+def restart_peak() -> int:
+    """Let the high-water mark VmHWM start again from the memory in use now, which is returned.
+
+    Raises:
+        RuntimeError: the system cannot.
+    """
     gc.collect()
     allocator.trim()
     try:
         with open("/proc/self/clear_refs", "w", encoding="ascii") as file:
-            file.write("5")  # the high-water mark starts again from here
+            file.write("5")
     except OSError as error:
         raise RuntimeError(f"peak memory needs Linux with /proc/self/clear_refs writable: {error}") from error
-    before = _status_bytes("VmRSS")
-    contestant.call()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmRSS")
 
 
-def _status_bytes(field: str) -> int:
+def status_bytes(field: str) -> int:
+    """A size in /proc/self/status."""
     with open("/proc/self/status", encoding="ascii") as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(field + ":"))
 

@@ -1,67 +1,52 @@
-"""The command line: `deepalign demo|diagnose|sample`."""
+"""The command line: `deepalign demo|diagnose|sample|evaluate|sweep|cache-teacher|merge`."""
 
 import argparse
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+# Name: where its options and its `run` are, what it does in a line, and whether `run` also takes words that it does not
+# know (they override keys of a configuration). Modules are imported when their command is called: most load torch.
+COMMANDS = {
+    "demo": ("deepalign.microworld.cli", "the whole method on a small invented world, in minutes on two cores", False),
+    "diagnose": ("deepalign.diagnose.cli", "where alignment stops, position by position: figures and a page", False),
+    "sample": ("deepalign.sampling.cli", "contrastive decoding: talk to a model, or answer a file of prompts", False),
+    "evaluate": ("deepalign.evaluate.cli", "attacks, judges, utility, and the paper's tables", False),
+    "sweep": ("deepalign.train.sweep", "one training per cell of a grid of settings, and a table", True),
+    "cache-teacher": ("deepalign.train.cache_cli", "the teachers' hidden states, once, before training", True),
+    "merge": ("deepalign.train.merge", "one model of a LoRA adapter and its base model", False),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code (2: refused, with one message on stderr)."""
     parser = argparse.ArgumentParser(prog="deepalign", description="deep safety alignment of language models")
-    commands = parser.add_subparsers(dest="command", required=True)
-    demo = commands.add_parser("demo", help="the whole method on a small invented world, in minutes on two CPU cores")
-    demo.add_argument("--out", default="runs/demo", help="folder for models, answers and the report")
-    demo.add_argument("--seed", type=int, default=None, help="first seed (default: the one in the settings)")
-    demo.add_argument("--seeds", type=int, default=1, help="number of seeds to run and report")
-    demo.add_argument("--config", default=None, help="a settings file instead of the package's demo.yaml")
-    demo.add_argument("--no-progress", action="store_true", help="no progress bars")
-    commands.add_parser(
-        "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
-    )
-    commands.add_parser(
-        "diagnose", help="where alignment stops, position by position: figures and a page", add_help=False
-    )
-    options, rest = parser.parse_known_args(arguments)
-    own_arguments = {"sample": _sample, "diagnose": _diagnose}
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (_, summary, _) in COMMANDS.items():
+        commands.add_parser(name, help=summary, add_help=False)
+    # a command's own words are for its own parser
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = parser.parse_args(words[:1]).command
+    where, summary, overridable = COMMANDS[name]
     try:
-        if options.command in own_arguments:
-            return own_arguments[options.command](rest)
-        return _demo(parser.parse_args(arguments))
+        module = _module(where)
+        own = argparse.ArgumentParser(prog=f"deepalign {name}", description=summary, allow_abbrev=False)
+        module.add_arguments(own)
+        if overridable:
+            return int(module.run(*own.parse_known_args(words[1:])))
+        return int(module.run(own.parse_args(words[1:])))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def _demo(options: argparse.Namespace) -> int:
-    import dataclasses
-
-    from deepalign.microworld.demo import SETTINGS, load_settings, run_demo
-
-    settings = load_settings(options.config or SETTINGS)
-    if options.seed is not None:
-        settings = dataclasses.replace(settings, seed=options.seed)
-    report = run_demo(options.out, settings, seeds=options.seeds, progress=not options.no_progress)
-    print(report.read_text(encoding="utf-8"))
-    print(f"report: {report} (and report.json, plots beside it)")
-    return 0
-
-
-def _sample(arguments: Sequence[str]) -> int:
-    from deepalign.sampling.cli import add_arguments, run  # imports torch and transformers, which takes seconds
-
-    parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
-
-
-def _diagnose(arguments: Sequence[str]) -> int:
-    from deepalign.diagnose.cli import add_arguments, run
-
-    parser = argparse.ArgumentParser(
-        prog="deepalign diagnose", description="compare aligned models with their base, position by position"
-    )
-    add_arguments(parser)
-    return run(parser.parse_args(arguments))
+def _module(name: str) -> Any:
+    missing = [package for package in ("torch", "transformers", "yaml") if find_spec(package) is None]
+    if missing:
+        raise RuntimeError(f"this command needs {', '.join(missing)}; `pip install 'deepalign[train]'`")
+    return import_module(name)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,14 +59,14 @@ def check_same_tokenizer(
     )
 
 
-def load_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A causal language model in `dtype`, trainable."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+def load_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A causal language model in `dtype`, trainable; `options` go to `from_pretrained`."""
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **(options or {}))
 
 
-def load_frozen_model(path: str, dtype: torch.dtype) -> PreTrainedModel:
+def load_frozen_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A causal language model for inference only: evaluation mode, no parameter requires a gradient."""
-    model = load_model(path, dtype)
+    model = load_model(path, dtype, options)
     model.requires_grad_(False)
     return model.eval()
 

@@ -45,7 +45,7 @@ def output_head(model: nn.Module) -> OutputHead:
     layer = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if layer is None:
         raise TypeError(f"{type(inner).__name__} has no output layer; expected a causal language model of transformers")
-    return OutputHead(lm_head_weight(layer), *_transform(inner.config.get_text_config()))
+    return OutputHead(lm_head_weight(layer), *logit_transform(inner))
 
 
 def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
@@ -101,8 +101,9 @@ def _unwrapped(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _transform(config: Any) -> tuple[float | None, float]:
-    """(softcap, scale) as the families name them in their configurations."""
+def logit_transform(model: Any) -> tuple[float | None, float]:
+    """(softcap, scale) of a model's logits, as the families name them in their configurations."""
+    config = model.config.get_text_config()
     softcap = getattr(config, "final_logit_softcapping", None)
     scale = getattr(config, "logit_scale", None)
     scaling = getattr(config, "logits_scaling", None)

@@ -16,8 +16,32 @@ from typing import Any, Literal
 import yaml
 
 from deepalign.kernels.completion_loss import CompletionLossConfig
+from deepalign.train.variants import choose_variant
 
 PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter (peft) on the student instead of training all of its weights."""
+
+    r: int = 16
+    alpha: int = 32
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None  # None: every linear layer but the head
+    train_lm_head: bool = False  # an adapter on the head as well; needs dropout 0 and a head that is not tied
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 1, "lora.r", self.r, "at least 1")
+        _require(self.alpha >= 1, "lora.alpha", self.alpha, "at least 1")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("lora.target_modules is empty; give names of modules, or null for every linear layer")
+        if self.train_lm_head and self.dropout > 0:
+            raise ValueError(
+                f"lora.train_lm_head needs lora.dropout 0, got {self.dropout}: an adapter with dropout is no matrix, "
+                "and the loss needs the head's"
+            )
 
 
 @dataclass(frozen=True)
@@ -30,9 +54,17 @@ class TrainConfig:
     output_dir: str
     harmful_data: str
     student: str | None = None
-    # Data: JSONL, see deepalign/data/files.py. Longer rows lose the end of their answer (counted and reported).
+    lora: LoraConfig | None = None  # train an adapter; `final/` is then the adapter's folder
+    # Teachers: "online" runs both models on every batch, "cache" reads what `deepalign cache-teacher` wrote
+    teacher: Literal["online", "cache"] = "online"
+    teacher_cache: str | None = None  # folder of the cache
+    teacher_quantization: Literal["4bit", "8bit"] | None = None  # needs bitsandbytes and a GPU
+    # Data: a JSONL file or NAME[@SPLIT][:SOURCE], see docs/data.md. Longer rows lose the end of their answer (counted
+    # and reported).
     utility_data: str | None = None
     max_length: int | None = None  # tokens; None: the model's context
+    chat_template_options: dict[str, Any] = field(default_factory=dict)  # variables of the template: enable_thinking
+    packing: bool = False  # the rows of a micro-batch end to end, without padding
 
     # Objective (equations: deepalign/kernels/completion_loss/reference.py)
     loss: CompletionLossConfig = field(default_factory=CompletionLossConfig)
@@ -40,6 +72,7 @@ class TrainConfig:
     completion_weight_harmful: float = 1.0
     completion_weight_utility: float = 0.0
     selection: Literal["base_favored", "random"] = "base_favored"  # "random": the control with a random M
+    loss_form: Literal["linear", "logits"] = "linear"  # "linear": hidden states and heads, logits are never held
     implementation: Literal["reference", "cpu", "triton"] | None = None
 
     # Schedule. Batch sizes are rows per optimizer step, over all ranks and accumulated micro-batches.
@@ -67,7 +100,9 @@ class TrainConfig:
     save_steps: int = 100
     save_total_limit: int = 2
     resume: Literal["auto", "never"] = "auto"  # "auto": go on from the last checkpoint in output_dir
-    report_to: str = "none"
+    report_to: str = "none"  # none | tensorboard | wandb | tensorboard,wandb
+    on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite (rows: skipped.jsonl)
+    mean_logit_drift: float | None = 2.0  # warn when the mean logit is this far from the aligned model's; null: never
 
     def __post_init__(self) -> None:
         for name in ("harmful_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
@@ -78,6 +113,8 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "at least 0 and finite")
         for name in ("epochs", "learning_rate", "max_grad_norm"):
             _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
+        drift = self.mean_logit_drift
+        _require(drift is None or 0 < drift < float("inf"), "mean_logit_drift", drift, "positive, or null")
         for name in ("max_steps", "max_length", "world_size"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, value, "at least 1, or null")
@@ -85,6 +122,10 @@ class TrainConfig:
             raise ValueError("utility_data is not set but utility_batch_size is not 0; give both or neither")
         if self.utility_batch_size == 0 and self.distill_on == "utility":
             raise ValueError('distill_on is "utility" but utility_batch_size is 0; nothing would be distilled')
+        if self.teacher == "cache" and self.teacher_cache is None:
+            raise ValueError(
+                "teacher is 'cache' but teacher_cache is not set; give the folder that `deepalign cache-teacher` writes"
+            )
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
@@ -109,7 +150,8 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
-    for key, value in _parse_overrides(overrides):
+    values, pairs = choose_variant(values, _parse_overrides(overrides))
+    for key, value in pairs:
         _set(values, key.split("."), value)
     return build_dataclass(TrainConfig, values, prefix="")
 
@@ -151,7 +193,9 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
 
 def _set(values: dict[str, Any], path: list[str], value: Any) -> None:
     for key in path[:-1]:
-        inner = values.setdefault(key, {})
+        if values.get(key) is None:
+            values[key] = {}
+        inner = values[key]
         if not isinstance(inner, dict):
             raise ValueError(f"--{'.'.join(path)}: {key} holds no keys of its own")
         values = inner

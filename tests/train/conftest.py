@@ -1,45 +1,14 @@
-"""A tiny pair of models with a tokenizer and two data files, as folders on disk: what run.py takes."""
+"""A tiny pair of models with a tokenizer and two data files, as folders on disk, and the trainings run on them."""
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-import yaml
 
-from tests.tiny import WORDS, make_model, make_tokenizer
+from tests.tiny import make_model, make_tokenizer
+from tests.train.jobs import run_jobs
+from tests.train.tiny_run import TinyRun, read_metrics, write_data
 
-
-@dataclass(frozen=True)
-class TinyRun:
-    """Folders and files of a tiny training run, and a way to write configurations for it."""
-
-    folder: Path
-    aligned: Path
-    base: Path
-    harmful: Path
-    utility: Path
-
-    def config(self, output_dir: Path, **changes: object) -> Path:
-        values = {
-            "aligned": str(self.aligned),
-            "base": str(self.base),
-            "harmful_data": str(self.harmful),
-            "utility_data": str(self.utility),
-            "output_dir": str(output_dir),
-            "loss": {"top_k": 3, "lambda_reg": 0.01},
-            "distill_on": "both",
-            "harmful_batch_size": 4,
-            "utility_batch_size": 8,
-            "max_steps": 4,
-            "learning_rate": 1e-3,
-            "save_steps": 100,
-        }
-        output_dir.mkdir(parents=True, exist_ok=True)
-        path = output_dir.with_name(f"{output_dir.name}.yaml")
-        path.write_text(yaml.safe_dump(values | changes))
-        return path
+__all__ = ["TinyRun", "read_metrics"]
 
 
 @pytest.fixture(scope="session")
@@ -49,18 +18,13 @@ def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     for seed, name in ((0, "aligned"), (1, "base")):
         make_model(seed, tokenizer).save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
-    generator = torch.Generator().manual_seed(0)
-    for name, rows in (("harmful", 10), ("utility", 13)):
-        lines = []
-        for _ in range(rows):
-            lengths = torch.randint(2, 9, (2,), generator=generator).tolist()
-            prompt, completion = (
-                " ".join(WORDS[int(i)] for i in torch.randint(len(WORDS), (n,), generator=generator)) for n in lengths
-            )
-            lines.append(json.dumps({"prompt": prompt, "completion": completion}))
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return TinyRun(folder, folder / "aligned", folder / "base", folder / "harmful.jsonl", folder / "utility.jsonl")
+    write_data(folder)
+    return TinyRun.of(folder)
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
+@pytest.fixture(scope="session")
+def ran(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of all trainings that need launching, see `tests/train/jobs.py`."""
+    folder = tmp_path_factory.mktemp("ran")
+    run_jobs(tiny_run, folder)
+    return folder

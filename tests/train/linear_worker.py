@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from deepalign import CompletionLossConfig, fused_completion_loss, fused_linear_completion_loss
+from deepalign import CompletionLossConfig, fused_linear_completion_loss
 from tests.kernels.linear_helpers import Models, linear_models
 
 VOCAB, HIDDEN, LEARNING_RATE = 96, 16, 0.5
@@ -28,21 +28,18 @@ CELLS = [(tied, recompute) for tied in (False, True) for recompute in (False, Tr
 class Student(nn.Module):
     """Embedding, a layer, a head that may be the embedding; forward returns the loss."""
 
-    def __init__(self, tied: bool, recompute: bool, materialised: bool = False) -> None:
+    def __init__(self, tied: bool, recompute: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.embedding = nn.Embedding(VOCAB, HIDDEN)
         self.body = nn.Linear(HIDDEN, HIDDEN)
         self.lm_head = nn.Linear(HIDDEN, VOCAB, bias=False)
-        self.recompute, self.materialised = recompute, materialised
+        self.recompute = recompute
         if tied:
             self.lm_head.weight = self.embedding.weight
 
     def forward(self, tokens: Tensor, teachers: Models) -> Tensor:
         hidden = torch.tanh(self.body(self.embedding(tokens)))
-        if self.materialised:
-            teacher_logits = (teachers[2] @ teachers[3].t(), teachers[4] @ teachers[5].t())
-            return fused_completion_loss(self.lm_head(hidden), *teacher_logits, config=CONFIG).loss
         return fused_linear_completion_loss(
             hidden, self.lm_head.weight, *teachers[2:], config=CONFIG, recompute=self.recompute, chunk_rows=4
         ).loss
@@ -63,13 +60,14 @@ def one_process(tied: bool, recompute: bool) -> dict[str, Tensor]:
     return {name: value.detach() for name, value in student.named_parameters()}
 
 
-def zero3(tied: bool, recompute: bool, materialised: bool = False) -> dict[str, Tensor]:
+def zero3(tied: bool, recompute: bool) -> dict[str, Tensor]:
     config = {
         "train_micro_batch_size_per_gpu": 1,
         "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
         "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.0,  # DeepSpeed clips at 1 where nothing is said
     }
-    student = Student(tied, recompute, materialised)
+    student = Student(tied, recompute)
     optimizer = torch.optim.SGD(student.parameters(), LEARNING_RATE)
     engine, *_ = deepspeed.initialize(model=student, optimizer=optimizer, config=config)
     assert student.lm_head.weight.numel() == 0
@@ -117,7 +115,6 @@ if __name__ == "__main__":
     for tied, recompute in CELLS:
         for kind in (fsdp2, zero3):
             found[f"{kind.__name__}-{tied}-{recompute}"] = kind(tied, recompute)
-    found["zero3-True-materialised"] = zero3(tied=True, recompute=False, materialised=True)
     found["refusals"] = refusals()
     if dist.get_rank() == 0:
         torch.save(found, out)

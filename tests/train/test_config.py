@@ -71,6 +71,14 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(write):
         ({"utility_batch_size": 0}, [], ValueError, "nothing would be distilled"),
         ({"loss": {"temperature": 0}}, [], ValueError, "temperature"),
         ({"loss": {"top_k": 0}}, [], ValueError, "top_k"),
+        ({"lora": {"r": 0}}, [], ValueError, "lora.r is 0; it must be at least 1"),
+        ({"lora": {"rank": 8}}, [], ValueError, "unknown configuration key lora.rank"),
+        ({"lora": {"dropout": 0.1, "train_lm_head": True}}, [], ValueError, "lora.train_lm_head needs lora.dropout 0"),
+        ({"lora": {"target_modules": []}}, [], ValueError, "lora.target_modules is empty"),
+        ({"teacher": "cache"}, [], ValueError, "teacher is 'cache' but teacher_cache is not set"),
+        ({"loss_form": "fused"}, [], ValueError, "loss_form is 'fused'; expected one of 'linear', 'logits'"),
+        ({"on_nan": "ignore"}, [], ValueError, "on_nan is 'ignore'; expected one of 'stop', 'skip'"),
+        ({"mean_logit_drift": 0}, [], ValueError, "mean_logit_drift is 0.0; it must be positive, or null"),
     ],
 )
 def test_bad_configurations_are_refused(write, values, words, error, problem):
@@ -91,6 +99,25 @@ def test_files_that_are_no_configuration_are_refused(tmp_path):
         load_config(path)
 
 
+def test_an_adapter_is_configured_by_its_own_keys(write):
+    config = load_config(write(lora={"r": 8}), ["--lora.target_modules", "[q_proj, v_proj]"])
+    assert (config.lora.r, config.lora.alpha, config.lora.target_modules) == (8, 32, ("q_proj", "v_proj"))
+    assert load_config(write()).lora is None
+    assert load_config(write(), ["--lora.r", "4"]).lora.r == 4
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_offload_presets_differ_from_the_plain_ones_in_that_alone(stage):
+    plain, offload = (json.loads((PRESETS / f"zero{stage}{end}.json").read_text()) for end in ("", "_offload"))
+    moved = {
+        name: offload["zero_optimization"].pop(name)
+        for name in set(offload["zero_optimization"]) - set(plain["zero_optimization"])
+    }
+    assert plain == offload
+    assert moved.keys() == ({"offload_optimizer"} if stage == 2 else {"offload_optimizer", "offload_param"})
+    assert all(place["device"] == "cpu" for place in moved.values())
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_presets_are_of_their_stage_and_compile_nothing(stage):
     preset = json.loads(deepspeed_config_path(f"zero{stage}").read_text())
@@ -104,6 +131,6 @@ def test_a_deepspeed_file_of_ones_own_is_taken(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text("{}")
     assert deepspeed_config_path(str(path)) == path
-    with pytest.raises(FileNotFoundError, match=r"neither a preset \(zero0, zero1, zero2, zero3\) nor a JSON file"):
+    with pytest.raises(FileNotFoundError, match=r"neither a preset \(zero0, zero1, .*\) nor a JSON file"):
         deepspeed_config_path("zero9")
-    assert len(list(PRESETS.glob("*.json"))) == 4
+    assert len(list(PRESETS.glob("*.json"))) == 6

@@ -13,7 +13,7 @@ from deepalign.data.files import read_jsonl
 from deepalign.data.steps import HARMFUL, UTILITY, RowWeights, StepDataset
 from deepalign.train.run import main
 from tests.tiny import WORDS, make_model, make_tokenizer
-from tests.train.conftest import TinyRun, read_metrics
+from tests.train.tiny_run import TinyRun, read_metrics
 
 
 @pytest.fixture
@@ -172,6 +172,7 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
         (["--max_length", "4"], "no answer token is left"),
         (["--lr", "1"], "unknown configuration key lr"),
         (["--implementation", "triton"], "triton"),
+        (["--teacher_quantization", "4bit", "--use_cpu", "true"], "teacher_quantization is '4bit' but there is no GPU"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_message(tiny_run: TinyRun, tmp_path, refused, words, problem):
@@ -216,14 +217,14 @@ def test_a_missing_compiler_or_ninja_is_said_before_deepspeed_needs_it(
 
 def test_ranks_that_transformers_does_not_see_are_refused(tiny_run: TinyRun, tmp_path, refused, monkeypatch):
     """What happens where accelerate ignores the launcher: every rank would train on all the data."""
-    import deepalign.train.run as run
+    import deepalign.train.prepare as prepare
 
     class OneRank:
         world_size = 1
         ddp_backend = None
 
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(run, "_training_arguments", lambda *args: OneRank())
+    monkeypatch.setattr(prepare, "training_arguments", lambda *args: OneRank())
     assert "started 2 ranks but transformers sees 1" in refused(tiny_run.config(tmp_path / "out"))
 
 

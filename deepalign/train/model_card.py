@@ -1,0 +1,116 @@
+"""The model card that is written with every checkpoint: where the weights come from and how to use them."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers
+import yaml
+
+from deepalign import __version__
+from deepalign.train.config import TrainConfig, config_as_dict
+
+PAPER = "Rethinking Deep Alignment Through the Lens of Incomplete Safety Learning (Bach et al.)"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on."""
+    import accelerate
+    import deepspeed
+    import peft
+
+    packages = {
+        "torch": torch,
+        "transformers": transformers,
+        "accelerate": accelerate,
+        "deepspeed": deepspeed,
+        "peft": peft,
+    }
+    named = {name: str(package.__version__) for name, package in packages.items()}
+    return {"deepalign": __version__, "python": sys.version.split()[0], **named}
+
+
+def card_writer(
+    config: TrainConfig, world_size: int, harmful_rows: int, utility_rows: int
+) -> Callable[[int, dict[str, float]], str]:
+    """A function that writes the card of a step, given its number and the last metrics."""
+    start = config.student or config.aligned
+    header = {
+        "base_model": start,
+        "library_name": "transformers" if config.lora is None else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["deepalign", "safety", *([] if config.lora is None else ["lora"])],
+    }
+    data = [f"| harmful | `{_file_name(config.harmful_data)}` | {harmful_rows} |"]
+    if config.utility_data is not None:
+        data.append(f"| utility | `{_file_name(config.utility_data)}` | {utility_rows} |")
+
+    def card(step: int, metrics: dict[str, float]) -> str:
+        return "\n".join(
+            [
+                "---",
+                yaml.safe_dump(header, sort_keys=False).strip(),
+                "---",
+                "",
+                f"# {Path(start).name}, alignment completed",
+                "",
+                f"Trained with deepalign {__version__} by targeted completion, after *{PAPER}*: step {step} of "
+                f"{world_size} rank(s).",
+                "",
+                "| model | |",
+                "|---|---|",
+                f"| student, at the start | `{start}` |",
+                f"| aligned teacher | `{config.aligned}` |",
+                f"| base teacher | `{config.base}` |",
+                "",
+                "| data | file | rows |",
+                "|---|---|---|",
+                *data,
+                "",
+                "## Load it",
+                "",
+                "```python",
+                *_how_to_load(config),
+                "```",
+                "",
+                "## Metrics of the last log",
+                "",
+                *([f"- {name}: {value:.6g}" for name, value in metrics.items()] or ["none yet"]),
+                "",
+                "They are of the training data. How often the model complies with attacks has to be measured; see "
+                "`deepalign`'s prefill attack.",
+                "",
+                "## Settings",
+                "",
+                "```yaml",
+                yaml.safe_dump(json.loads(json.dumps(config_as_dict(config))), sort_keys=False).strip(),
+                "```",
+                "",
+                "## Versions",
+                "",
+                ", ".join(f"{name} {version}" for name, version in versions().items()),
+                "",
+            ]
+        )
+
+    return card
+
+
+def _how_to_load(config: TrainConfig) -> list[str]:
+    if config.lora is None:
+        return [
+            "from transformers import AutoModelForCausalLM",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("this folder")',
+        ]
+    return [
+        "from peft import AutoPeftModelForCausalLM  # or make one model of it: deepalign merge --adapter ... --out ...",
+        "",
+        'model = AutoPeftModelForCausalLM.from_pretrained("this folder")',
+    ]
+
+
+def _file_name(path: str) -> str:
+    return Path(path).name

@@ -1,0 +1,168 @@
+"""Kills and full disks: nothing whole is lost, and the next start goes on, bit for bit, or says why not."""
+
+import json
+import os
+import resource
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from deepalign.train import trainer as trainer_module
+from deepalign.train.run import main
+from tests.train.jobs import LONG, weights
+from tests.train.launch import RUN, finish, kill, launch
+from tests.train.tiny_run import TinyRun, read_metrics
+from tests.train.worker import Interrupted
+
+pytestmark = pytest.mark.timeout(900)
+
+SHORT = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny_run: TinyRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    assert main(["--config", str(tiny_run.config(out, **SHORT))]) == 0
+    return out
+
+
+def assert_same_run(out: Path, expected: Path) -> None:
+    assert read_metrics(out) == read_metrics(expected)
+    ours = weights(out / "final")
+    for name, value in weights(expected / "final").items():
+        assert torch.equal(ours[name], value), name
+    hidden = [path.name for path in out.iterdir() if path.name.startswith(".")]
+    assert not hidden, "what was half-written is gone"
+
+
+def test_one_rank_killed_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
+    """Two ranks under DeepSpeed; rank 1 kills itself (-9) while checkpoint-8 is written; later everything is killed."""
+    out, log = tmp_path / "out", tmp_path / "log"
+    config = tiny_run.config(out, **LONG)
+    fault = Path(__file__).with_name("fault_worker.py")
+    process = launch([fault, "--config", config], log)
+    assert process.wait(timeout=600) != 0, "the launcher reports the rank's death"
+    assert (out / "checkpoint-4").is_dir()
+    assert not (out / "checkpoint-8").exists()
+    assert (out / ".incomplete").exists()
+
+    process = launch([RUN, "--config", config], log)
+    wait_for(lambda: (out / "checkpoint-12").is_dir(), process, log)
+    kill(process)
+    assert not (out / "final").exists(), "the run ended before it could be killed: give it more steps"
+    with (out / "metrics.jsonl").open("a") as file:  # a kill between a metrics line and its checkpoint
+        file.write('{"step": 23, "loss": 99.0}\n{"step": 2')
+
+    finish(launch(["--module", "deepalign.train.run", "--config", config], log), log)
+    assert "error:" not in log.read_text()
+    assert_same_run(out, ran / "uninterrupted")
+
+
+def wait_for(condition, process, log: Path, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < deadline, f"nothing after {seconds} s:\n{log.read_text()[-4000:]}"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("moment", ["seal", "replace_folder", "delete_folder", "_set_aside"])
+def test_a_run_that_ends_in_the_middle_of_a_checkpoint_goes_on(tiny_run, whole, tmp_path, monkeypatch, moment):
+    """Ended before it is sealed, before it is renamed, before and after an old one is set aside, without tidying up."""
+    from deepalign.train import checkpoints
+
+    config, calls = tiny_run.config(tmp_path / "out", **SHORT), []
+    module = checkpoints if moment == "_set_aside" else trainer_module
+    real = getattr(module, moment)
+
+    def ends(*arguments):
+        calls.append(arguments)
+        if moment == "_set_aside":
+            real(*arguments)
+        if len(calls) == (2 if moment in ("seal", "replace_folder") else 1):
+            raise Interrupted
+        return real(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, moment, ends)
+        with pytest.raises(Interrupted):
+            main(["--config", str(config)])
+    assert main(["--config", str(config)]) == 0
+    assert_same_run(tmp_path / "out", whole)
+
+
+def test_a_full_disk_stops_the_run_with_what_is_kept_and_it_goes_on_later(tiny_run, whole, tmp_path, capsys):
+    """No file may grow beyond a few kB: the model of the second checkpoint cannot be written."""
+    config = tiny_run.config(tmp_path / "out", **SHORT)
+    real = trainer_module.CompletionTrainer._save_checkpoint
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def on_a_small_disk(self, *arguments):
+        if self.state.global_step != 4:
+            return real(self, *arguments)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+        try:
+            return real(self, *arguments)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer_module.CompletionTrainer, "_save_checkpoint", on_a_small_disk)
+        assert main(["--config", str(config)]) == 1
+    message = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert "step 4: checkpoint-4 could not be written" in message
+    assert "File too large" in message
+    assert "the last whole checkpoint is checkpoint-2" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", "metrics.jsonl"]
+    assert main(["--config", str(config)]) == 0
+    assert_same_run(tmp_path / "out", whole)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_metrics_that_cannot_be_written_stop_the_run(tiny_run, tmp_path, capsys):
+    config = tiny_run.config(tmp_path / "out", **SHORT)
+    real = trainer_module.keep_metrics
+
+    def onto_a_full_disk(path, last_step):
+        real(path, last_step)
+        path.symlink_to("/dev/full")
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer_module, "keep_metrics", onto_a_full_disk)
+        assert main(["--config", str(config)]) == 1
+    assert "metrics.jsonl could not be written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["missing", "cut short", "unreadable"])
+def test_a_damaged_checkpoint_is_refused_with_the_reason(tiny_run, whole, tmp_path, capsys, damage):
+    """What a crashed machine can leave: the folder is there, some bytes are not."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    config = tiny_run.config(out, **SHORT)
+    broken = out / "checkpoint-6"
+    if damage == "missing":
+        (broken / "optimizer.pt").unlink()
+    elif damage == "cut short":
+        os.truncate(broken / "model.safetensors", 100)
+    else:
+        (broken / "resume.json").write_text("{")
+    assert main(["--config", str(config)]) == 2
+    message = capsys.readouterr().err
+    expected = {"missing": "optimizer.pt is missing", "cut short": "has 100 bytes", "unreadable": "resume.json cannot"}
+    assert expected[damage] in message
+    assert "Delete this folder to start from the beginning" in message
+
+
+def test_another_number_of_ranks_is_refused(tiny_run, whole, tmp_path, capsys):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    record = json.loads((out / "checkpoint-6" / "resume.json").read_text())
+    record["run"]["ranks"] = 4
+    (out / "checkpoint-6" / "resume.json").write_text(json.dumps(record))
+    assert main(["--config", str(tiny_run.config(out, **SHORT))]) == 2
+    message = capsys.readouterr().err
+    assert "was written by 4 rank(s) and this run has 1" in message
+    assert "Start 4 rank(s), or give another output_dir" in message

@@ -1,0 +1,110 @@
+"""LoRA: what is trained, what is saved, what is refused, and the merged model."""
+
+import json
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM
+from transformers import AutoModelForCausalLM
+
+from deepalign.cli import main as deepalign
+from deepalign.train.config import LoraConfig
+from deepalign.train.run import main
+from deepalign.train.students import with_adapter
+from tests.tiny import FAMILIES, make_model, make_tokenizer
+from tests.train.jobs import weights
+from tests.train.tiny_run import TinyRun, read_metrics
+
+LORA = {"r": 2, "alpha": 8}
+
+
+def trained_modules(model):
+    return {name.split(".lora_")[0].split(".")[-1] for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.fixture(scope="module")
+def final(tiny_run: TinyRun, tmp_path_factory):
+    out = tmp_path_factory.mktemp("lora") / "out"
+    config = tiny_run.config(out, lora=LORA | {"train_lm_head": True}, max_steps=5, learning_rate=0.01)
+    assert main(["--config", str(config)]) == 0
+    return out / "final"
+
+
+def test_every_linear_layer_but_the_head_gets_an_adapter():
+    student = with_adapter(make_model(0, make_tokenizer()), LoraConfig(r=2), seed=0)
+    layers = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert trained_modules(student) == layers
+    student = with_adapter(make_model(0, make_tokenizer()), LoraConfig(r=2, train_lm_head=True), seed=0)
+    assert trained_modules(student) == layers | {"lm_head"}
+    student = with_adapter(make_model(0, make_tokenizer()), LoraConfig(r=2, target_modules=("q_proj",)), seed=0)
+    assert trained_modules(student) == {"q_proj"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "tied", "problem"),
+    [
+        ({"target_modules": ("q_proj", "zzz")}, False, "the student has no linear layers named zzz; it has down_proj"),
+        ({"target_modules": ("lm_head",)}, False, "say so by lora.train_lm_head: true"),
+        ({"train_lm_head": True}, True, "the head of this model is tied to its embedding"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_refused(settings, tied, problem):
+    model = FAMILIES["llama"](0, make_tokenizer(), tie_word_embeddings=tied)
+    with pytest.raises(ValueError, match="lora") as refused:
+        with_adapter(model, LoraConfig(**settings), seed=0)
+    assert problem in str(refused.value)
+
+
+def test_a_fresh_adapter_changes_nothing_and_the_aligned_model_is_the_student_without_it(tiny_run, tmp_path):
+    """The first loss of a LoRA training is that of full training, though there is no aligned model in memory."""
+    first = []
+    for name, lora in (("full", None), ("lora", LORA)):
+        config = tiny_run.config(tmp_path / name, lora=lora, max_steps=1)
+        assert main(["--config", str(config)]) == 0
+        first.append(read_metrics(tmp_path / name)[0])
+    for term in ("loss", "kl", "completion", "mean_logit", "aligned_mean_logit"):
+        assert first[0][term] == pytest.approx(first[1][term], rel=1e-6)
+
+
+def test_a_student_of_its_own_is_trained_against_a_whole_aligned_model(tiny_run, tmp_path):
+    config = tiny_run.config(tmp_path / "out", lora=LORA, student=str(tiny_run.base), max_steps=1)
+    assert main(["--config", str(config)]) == 0
+    metrics = read_metrics(tmp_path / "out")[0]
+    assert metrics["mean_logit"] != pytest.approx(metrics["aligned_mean_logit"], abs=1e-4)
+
+
+def test_the_final_folder_is_an_adapter_with_a_card(final, tiny_run):
+    saved = weights(final)
+    assert all("lora_" in name for name in saved), "the frozen head is not copied beside its adapter"
+    assert any("lm_head" in name for name in saved)
+    assert json.loads((final / "adapter_config.json").read_text())["base_model_name_or_path"] == str(tiny_run.aligned)
+    card = (final / "README.md").read_text()
+    assert "AutoPeftModelForCausalLM" in card
+    assert "library_name: peft" in card
+
+
+@torch.no_grad()
+def test_the_merged_model_is_the_adapted_one(final, tmp_path, capsys):
+    out = tmp_path / "merged"
+    assert deepalign(["merge", "--adapter", str(final), "--out", str(out)]) == 0
+    adapted = AutoPeftModelForCausalLM.from_pretrained(final)
+    merged = AutoModelForCausalLM.from_pretrained(out)
+    start = AutoModelForCausalLM.from_pretrained(adapted.peft_config["default"].base_model_name_or_path)
+    ids = torch.arange(6, 20)[None]
+    logits = [model(input_ids=ids).logits for model in (merged, adapted, start)]
+    torch.testing.assert_close(logits[0], logits[1], rtol=1e-4, atol=1e-4)
+    assert float((logits[0] - logits[2]).abs().max()) > 1e-2, "the adapter had been trained"
+    assert "merged into its base model" in (out / "README.md").read_text()
+    assert (out / "tokenizer.json").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+    assert deepalign(["merge", "--adapter", str(final), "--out", str(out)]) == 2
+    assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_merge_says_what_is_missing(final, tmp_path, capsys):
+    assert deepalign(["merge", "--adapter", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert "holds no adapter_config.json" in capsys.readouterr().err
+    assert deepalign(["merge", "--adapter", str(final), "--out", str(tmp_path / "out"), "--base", "/nowhere/x"]) == 2
+    assert "--base says where it is" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -270,8 +270,8 @@ class CompletionTrainer(Trainer):
         kept = f"the last whole checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
         reason = " ".join(str(error).split())
         return (
-            f"step {self.state.global_step}: {what} could not be written to {self.run_dir} ({reason}); {kept}. Make "
-            "room there and start the same command again"
+            f"step {self.state.global_step}: {what} could not be written to {self.run_dir} ({reason}); {kept}. Once "
+            "the cause is gone (a full disk, a rank that died), start the same command again"
         )
 
     def _on_main_process(self, action: Callable[[], object]) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.completion_loss.triton_rows import rows_kernel
-from deepalign.kernels.completion_loss.triton_select import scale_kernel, select_kernel
+from deepalign.kernels.completion_loss.triton_select import select_kernel
 from deepalign.kernels.eager_math import top_k_lowest_index
 from deepalign.kernels.launch import Launch, launch_of, split_of_rows
 
@@ -92,15 +92,6 @@ def completion_loss_(
     return run_rows(
         student, aligned, base, kl_weight, completion_weight, top_k_indices, Options(*options), gradient, together
     )[:-1]
-
-
-def scale_rows_(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Scale the rows (N, V) whose upstream gradient (N,) is not 1, in place."""
-    if gradient.numel():
-        scale_kernel[(gradient.shape[0],)](
-            gradient, upstream, gradient.stride(0), upstream.stride(0), gradient.shape[1], BLOCK=2048, num_warps=8
-        )
-    return gradient
 
 
 def run_rows(

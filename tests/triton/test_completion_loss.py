@@ -61,9 +61,7 @@ def test_options_together(case: dict[str, object]) -> None:
             model[1] = NAN  # not read
     options = {name: case[name] for name in KINDS}
     # Programs of at least a tile: a row of 2051 entries and tiles of 512 make 4.
-    with sizes(
-        "completion_loss", block=512 if dtype != torch.float32 else 1024, share=2051 // case["split"], programs=1
-    ):
+    with sizes("completion_loss", block=512, share=2051 // case["split"], programs=1):
         check_against_oracle(
             *models,
             config=config(min(case["top_k"], vocab), temperature=case["temperature"], teacher_mix=1.3, **options),

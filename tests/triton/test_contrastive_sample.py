@@ -30,7 +30,7 @@ CASES = pairwise(
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    with sizes("contrastive_sample", block=64):  # 61 entries in one tile, in two of fp32
+    with sizes("contrastive_sample", block=64, programs=1):  # 61 entries in one tile
         yield
 
 

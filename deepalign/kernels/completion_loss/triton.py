@@ -27,7 +27,7 @@ from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.completion_loss.triton_rows import rows_kernel
 from deepalign.kernels.completion_loss.triton_select import select_kernel
 from deepalign.kernels.eager_math import top_k_lowest_index
-from deepalign.kernels.launch import Launch, launch_of, split_of_rows
+from deepalign.kernels.launch import ALL_REGISTERS, SHARED_REGISTERS, Launch, at_most_registers, launch_of, split_of_rows
 
 MOST_SELECTED = 1024  # in the kernels; more are selected by torch's own sort before
 TILE_LIMIT = 8192  # entries that `collect` looks into at once
@@ -141,7 +141,7 @@ def run_rows(
     index, value = new(programs, plan.capacity, dtype=torch.int32), new(programs, plan.capacity)
     found, counts = new(programs, dtype=torch.int32), new(programs, dtype=torch.int32)
     scale = 1.4426950408889634 / options.temperature
-    views = [_from_16_bytes(tensor, plan) for tensor in tensors]
+    views = [from_16_bytes(tensor, plan.lead) for tensor in tensors]
     g, stride_g = (student, 0) if gradient is None else (gradient, gradient.stride(0))
     mix = 1.0 - options.teacher_mix
     flags = {
@@ -157,6 +157,7 @@ def run_rows(
             stride_g, plan.lead, options.vocab_size, width, plan.bound_k, k, mix, scale, options.temperature,
             FIRST=first, SECOND=second, BLOCK=plan.block, TILES=plan.tiles, LANES=plan.lanes, ALIGN=plan.align,
             GRADIENT=with_gradient, num_warps=plan.warps, **flags,
+            **at_most_registers(SHARED_REGISTERS if second else ALL_REGISTERS),
         )  # fmt: skip
 
     def select(statistics: bool, fix: bool) -> None:
@@ -164,7 +165,7 @@ def run_rows(
             aligned, base, g, kl_weight, completion_weight, given, listed, words, index, value, found, counts,
             per_row[4], *output, aligned.stride(0), base.stride(0), stride_g, options.vocab_size, k, mix, scale,
             options.temperature, options.alpha_base, options.gamma, options.lambda_reg, STATISTICS=statistics, FIX=fix,
-            DISTINCT=distinct, num_warps=1, **flags,
+            DISTINCT=distinct, num_warps=1, **flags, **at_most_registers(ALL_REGISTERS),
         )  # fmt: skip
 
     emits = gradient is not None
@@ -224,7 +225,7 @@ def _plan(
 ) -> Plan:
     rows = tensors[0].shape[0]
     align, lead = alignment(tensors, vocab)
-    block = launch.block * 2 // tensors[0].element_size()
+    block = launch.block
     split = split_of_rows(launch, rows, vocab, block)
     # The second-level caches of an AMD device's dies do not see each other's plain stores within a launch.
     together = together and not options.centered_square and torch.version.hip is None
@@ -253,9 +254,9 @@ def alignment(tensors: list[Tensor], vocab: int) -> tuple[int, int]:
     return 2, lead
 
 
-def _from_16_bytes(tensor: Tensor, plan: Plan) -> Tensor:
+def from_16_bytes(tensor: Tensor, lead: int) -> Tensor:
     """A view that begins where the first entry's 16 bytes do."""
-    return tensor.as_strided((1,), (1,), tensor.storage_offset() - plan.lead) if plan.lead else tensor
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() - lead) if lead else tensor
 
 
 def _select_before(student: Tensor, aligned: Tensor, base: Tensor, options: Options) -> Tensor:

@@ -40,6 +40,8 @@ LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "base favored tokens": {"DISTILL": False, "GRADIENT": False},
 }
 
+SAMPLER_OPTIONS = ("top_p alone", "no filter", "greedy")
+
 
 def cases() -> list[tuple[str, str]]:
     """(target, name of the kernel and its options)."""
@@ -47,7 +49,7 @@ def cases() -> list[tuple[str, str]]:
         (target, name) for target in TARGETS for name in ("loss", "loss, end of a row", "divergence", "sampler")
     ]
     others = [("sm_90", f"loss, {option}") for option in LOSS_OPTIONS]
-    return [*by_default, *others, ("sm_90", "sampler, top_p alone"), ("sm_90", "sampler, greedy")]
+    return [*by_default, *others, *(("sm_90", f"sampler, {option}") for option in SAMPLER_OPTIONS)]
 
 
 def binary_of(target: str, name: str) -> Any:
@@ -97,29 +99,43 @@ def _divergence(target: str, warps: int) -> Any:
 
     constants = {"BLOCK": 2048, "TILES": 64, "LANES": 16, "CAPACITY": 256, "LISTED": False, "ALIGN": 1}
     types = {name: _kind(name) for name in divergence_kernel.arg_names if name not in constants}
-    return compiled(divergence_kernel, types, constants, target, num_warps=warps, enable_fp_fusion=True)
+    return compiled(divergence_kernel, types, constants, target, num_warps=warps, **_options(target, ALL_REGISTERS))
 
 
 def _sampler(target: str, name: str, warps: int) -> Any:
-    from deepalign.kernels.contrastive_sample.triton import sample_kernel
+    from deepalign.kernels.contrastive_sample.triton import lanes_at_once, sample_kernel
 
+    few, greedy = name == "sampler", "greedy" in name
+    split = 1 if target.startswith("gfx") else 16  # one row of 128256 entries, k = 50; on AMD rows are not split
+    tiles = -(-128256 // (2048 * split))
     constants = {
-        "KIND": 2, "FEW": name == "sampler", "GREEDY": "greedy" in name, "TOP_K": name == "sampler", "TOP_P": True,
-        "BLOCK": 4096, "TILES": 32, "LANES": 128, "CAPACITY": 128,
+        "FIRST": True, "SECOND": True, "S": split, "KIND": 2, "FEW": few, "GREEDY": greedy, "TOP_K": few,
+        "TOP_P": "greedy" not in name and "no filter" not in name, "MIN_P": False,
+        "LISTS": few or "top_p" in name, "WEIGHS": "top_p" in name or "no filter" in name, "WAITS": split > 1,
+        "BLOCK": 2048,
+        "TILES": 1 << (tiles - 1).bit_length(), "LANES": lanes_at_once(2048, tiles),
+        "CAPACITY": 64 if few else 4096 // split if "top_p" in name else 1,
     }  # fmt: skip
     types = {argument: _kind(argument) for argument in sample_kernel.arg_names if argument not in constants}
-    return compiled(sample_kernel, types, constants, target, num_warps=warps, enable_fp_fusion=True)
+    return compiled(sample_kernel, types, constants, target, num_warps=warps, **_options(target, ALL_REGISTERS))
 
 
 def _kind(name: str) -> str:
     """The type of an argument of the smaller kernels, which name theirs alike."""
     if name in ("a_ptr", "b_ptr", "g_ptr"):
         return "*bf16:16"
-    if name in ("index_ptr", "found_ptr"):
+    if name in ("index_ptr", "found_ptr", "count_ptr", "first_ptr"):
         return "*i32:16"
-    if name == "count_ptr":
-        return "*i32:16"
-    if name in ("given_ptr", "listed_ptr", "words_ptr", "out_count_ptr", "out_index_ptr", "token_ptr", "in_top_ptr"):
+    if name in (
+        "given_ptr",
+        "listed_ptr",
+        "words_ptr",
+        "done_ptr",
+        "out_count_ptr",
+        "out_index_ptr",
+        "token_ptr",
+        "in_top_ptr",
+    ):
         return "*i64:16"
     if name in ("a_top_ptr", "b_top_ptr"):
         return "*i64:16"
@@ -127,9 +143,9 @@ def _kind(name: str) -> str:
         return "*fp64:16"
     if name.endswith("_ptr"):
         return "*fp32:16"
-    if name.startswith("stride") or name in ("vocab", "lead"):
+    if name.startswith("stride") or name in ("vocab", "lead", "share"):
         return "i32:16"
-    return "i32" if name in ("K", "n", "top_k") else "fp32"
+    return "i32" if name in ("K", "n", "top_k", "wanted") else "fp32"
 
 
 def facts(case: tuple[str, str]) -> dict[str, Any]:

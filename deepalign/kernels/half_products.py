@@ -1,9 +1,9 @@
 """Products with a gradient of logits on a GPU, as exact as in float32 at the speed of half precision.
 
 A gradient G rounded to bfloat16 (8 bits) gives dh = G W and dW = G^T h 1.4 times the error of a product in float32 that
-is rounded once; float16 has 11 bits, but a range of 40 powers of 2. So every row of G is scaled by a power of 2, exactly,
-until its largest entry is just below 2^15, and bfloat16 operands by powers of 2 likewise: 8 bits fit into 11, from the
-largest entry down to 2^-32 of it; what is smaller loses digits that no sum would show.
+is rounded once; float16 has 11 bits, but a range of 40 powers of 2. So every row of G is scaled by a power of 2,
+exactly, until its largest entry is just below 2^15, and bfloat16 operands by powers of 2 likewise: 8 bits fit into 11,
+from the largest entry down to 2^-32 of it; what is smaller loses digits that no sum would show.
 
     dh_n = 2^(e_n - 15) (2^(15 - e_n) G_n) (w W) / w
     2^c dW += sum over n of (2^(15 - e_n) G_n)^T (2^(c + e_n - 15) h_n)

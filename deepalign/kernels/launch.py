@@ -35,8 +35,8 @@ LAUNCH: dict[str, dict[str, Launch]] = {
 }
 
 
-# Registers per thread. The compiler otherwise stops at a round number of programs per multiprocessor and spills a word or
-# two to get there. 128: two programs of 256 threads.
+# Registers per thread. Left alone, the compiler stops at a round number of programs per multiprocessor, and spills a
+# word or two to get there. 128: two programs of 256 threads.
 SHARED_REGISTERS, ALL_REGISTERS = 128, 255
 
 

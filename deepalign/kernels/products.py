@@ -10,8 +10,8 @@ half-precision matrices must not be rounded to their operands' dtype. Per device
                    multiplied by torch's float32 product
 
 A left operand in float32 (the gradient of logits) is not rounded, or so that nobody notices: dh and dW err like
-products in float32. "native_bf16" multiplies it as the sum of two bfloat16 terms, the second only where it matters: above
-`row_levels`, if these are passed on. On a GPU `half_products.py` makes it float16, scaled row by row.
+products in float32. "native_bf16" multiplies it as the sum of two bfloat16 terms, the second only where it matters:
+above `row_levels`, if these are passed on. On a GPU `half_products.py` makes it float16, scaled row by row.
 """
 
 import torch

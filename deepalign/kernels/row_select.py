@@ -52,7 +52,7 @@ def collect(
 
     Args:
         r_ptr, b_ptr, s_ptr: where tile 0 begins.
-        lane_ptr: scratch for ROOM lanes, LANES of which are looked into at a time; with ROOM = LANES it may be index_ptr.
+        lane_ptr: scratch for ROOM lanes, LANES of them looked into at a time; with ROOM = LANES it may be index_ptr.
         index_ptr, value_ptr: room for CAPACITY entries.
         maxima: per lane.
         bound: none of the k largest is below it.

@@ -27,7 +27,14 @@ from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.completion_loss.triton_rows import rows_kernel
 from deepalign.kernels.completion_loss.triton_select import select_kernel
 from deepalign.kernels.eager_math import top_k_lowest_index
-from deepalign.kernels.launch import ALL_REGISTERS, SHARED_REGISTERS, Launch, at_most_registers, launch_of, split_of_rows
+from deepalign.kernels.launch import (
+    ALL_REGISTERS,
+    SHARED_REGISTERS,
+    Launch,
+    at_most_registers,
+    launch_of,
+    split_of_rows,
+)
 
 MOST_SELECTED = 1024  # in the kernels; more are selected by torch's own sort before
 TILE_LIMIT = 8192  # entries that `collect` looks into at once

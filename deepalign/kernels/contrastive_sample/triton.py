@@ -2,21 +2,21 @@
 
 S programs share a row, each a contiguous part of it; few rows are split until they fill the device. A program sums its
 part's partitions and publishes them; with those of all parts it knows the threshold of the contrast, and reads its part
-again, from the nearest cache, for its largest x. What it finds it leaves in memory; the program of a row that comes last
-draws. Programs draw their numbers in the order in which they start, so that a program that waits for partitions waits
-only for such as run already; for what is left in memory nobody waits.
+again, from the nearest cache, for its largest x. What it finds it leaves in memory; the program of a row that comes
+last draws. Programs draw their numbers in the order in which they start, so that a program that waits for partitions
+waits only for such as run already; for what is left in memory nobody waits.
 
-Whatever the filters leave is {x > cut} and, in the order of their index, the first of those equal to the cut; so is each
-filter's own result. A cut is found by bisection over ordered keys, among the listed entries, held in registers:
+Whatever the filters leave is {x > cut} and, in the order of their index, the first of those equal to the cut; so is
+each filter's own result. A cut is found by bisection over ordered keys, among the listed entries, held in registers:
 
     top-k up to 1024    every part lists what may be among its k largest (`row_select.py`)
-    top-p, min-p        every part lists some hundreds of its largest; where the row is peaked these hold the prefix that
-                        top-p asks for, or all that min-p leaves, and that they do is checked
+    top-p, min-p        every part lists some hundreds of its largest; where the row is peaked these hold the prefix
+                        that top-p asks for, or all that min-p leaves, and that they do is checked
     otherwise           the last program sweeps over the row, for every step of the bisection
     no filter           every part sums its weights: one of them is read again
 
 The draw inverts the CDF in the order of the index, again by bisection: the weights up to an index, a sum whose rounding
-is monotonic, are compared with the uniform's share of all. No float64 but for the uniform itself: sums are trees of fp32.
+is monotonic, are compared with the uniform's share of all. No float64 but for the uniform: sums are trees of fp32.
 """
 
 import torch
@@ -85,13 +85,14 @@ def contrastive_sample(
     top_k = top_k if 0 < top_k < vocab_size else 0
     few = 0 < top_k <= MOST_SELECTED
     split, capacity, wanted = parts_of_rows(launch, rows, vocab_size, top_k if few else 0)
-    if greedy or not (few or top_p < 1 or min_p > 0):
-        capacity = 1
+    lists = not greedy and (few or top_p < 1 or min_p > 0)
+    weighs = not greedy and not few and (top_p < 1 or min_p == 0)
+    capacity = capacity if lists else 1
     block = launch.block
     tiles = -(-vocab_size // (block * split))  # of a part
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
     logprobs = torch.empty(rows, device=device)
-    words = torch.zeros(rows * split * WORDS.value + rows + 1, dtype=torch.int64, device=device)
+    words = new_words(rows * split * WORDS.value + rows + 1, device)
     index = torch.empty((rows, split, 2 * capacity), dtype=torch.int32, device=device)
     value = torch.empty((rows, split, capacity), device=device)
     facts = torch.empty((2, rows, split), device=device)
@@ -102,7 +103,8 @@ def contrastive_sample(
             aligned, base, uniforms, tokens, logprobs, words, words[words.numel() - rows - 1 :], index, value, facts[0],
             facts[1], counts[0], counts[1], aligned.stride(0), base.stride(0), vocab_size, tiles * block, alpha,
             temperature, top_k, wanted, top_p, min_p, FIRST=first, SECOND=second, S=split, KIND=3 if log_space else 2,
-            FEW=few, GREEDY=greedy, TOP_K=top_k > 0, TOP_P=top_p < 1, MIN_P=min_p > 0, BLOCK=block,
+            FEW=few, GREEDY=greedy, TOP_K=top_k > 0, TOP_P=top_p < 1, MIN_P=min_p > 0,
+            LISTS=lists, WEIGHS=weighs, WAITS=first and second and split > 1, BLOCK=block,
             TILES=triton.next_power_of_2(tiles), LANES=lanes_at_once(block, tiles), CAPACITY=capacity,
             num_warps=launch.warps, enable_fp_fusion=True, **at_most_registers(ALL_REGISTERS),
         )  # fmt: skip
@@ -113,6 +115,11 @@ def contrastive_sample(
         launch_kernel(True, False)
         launch_kernel(False, True)
     return tokens, logprobs
+
+
+def new_words(entries: int, device: torch.device) -> Tensor:
+    """Room for what programs publish, per row how many parts are done, and the number of the next program."""
+    return torch.zeros(entries, dtype=torch.int64, device=device)
 
 
 def parts_of_rows(launch: Launch, rows: int, vocab: int, top_k: int) -> tuple[int, int, int]:
@@ -170,7 +177,7 @@ def _partitions(a_ptr, b_ptr, tiles, vocab, offset_a, offset_b, BLOCK: tl.conste
 
 @triton.jit
 def _publish_part(a_ptr, b_ptr, words_ptr, start, tiles, own, BLOCK: tl.constexpr):
-    """Partitions of a part of `own` entries: from the row's first entries, then, if that was no use, from its maxima."""
+    """Partitions of a part of `own` entries: from the row's first entries; if that was no use, from its maxima."""
     offset_a, offset_b = tl.load(a_ptr).to(tl.float32), tl.load(b_ptr).to(tl.float32)
     a_ptr += start
     b_ptr += start
@@ -455,7 +462,7 @@ def _largest_of_part(
     a_ptr, b_ptr, tiles, own, alpha, threshold, KIND: tl.constexpr, GREEDY: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The largest x per lane, and its first index there."""
-    largest, first = tl.full([BLOCK], -INFINITY, tl.float32), tl.full([BLOCK], LAST_INDEX, tl.int32)
+    largest, first = tl.full([BLOCK], -INFINITY, tl.float32), tl.zeros([BLOCK], tl.int32)
     for tile in range(0, tiles):
         at, x = _load_x(a_ptr, b_ptr, tile, own, alpha, threshold, KIND, BLOCK)
         if GREEDY:
@@ -477,7 +484,7 @@ def _leave_part(
     most = tl.max(largest)
     tl.store(most_ptr, most)
     if GREEDY:
-        tl.store(first_ptr, start + tl.min(tl.where((largest == most) & (most > -INFINITY), first, LAST_INDEX - start)))
+        tl.store(first_ptr, start + tl.min(tl.where(largest == most, first, LAST_INDEX - start)))
     if LISTS:
         pairs = tl.max(tl.reshape(largest, [BLOCK // 2, 2]), 1)
         found = collect(
@@ -499,13 +506,12 @@ def sample_kernel(
     a_ptr, b_ptr, uniforms_ptr, token_ptr, logprob_ptr, words_ptr, done_ptr, index_ptr, value_ptr, most_ptr, mass_ptr,
     count_ptr, first_ptr, stride_a, stride_b, vocab, share, alpha, temperature, top_k, wanted, top_p, min_p,
     FIRST: tl.constexpr, SECOND: tl.constexpr, S: tl.constexpr, KIND: tl.constexpr, FEW: tl.constexpr,
-    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
+    GREEDY: tl.constexpr, TOP_K: tl.constexpr, TOP_P: tl.constexpr, MIN_P: tl.constexpr,
+    LISTS: tl.constexpr, WEIGHS: tl.constexpr, WAITS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+    LANES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """One program per row and part. `done_ptr`: per row how many parts are done, then the number of the next program."""
-    LISTS: tl.constexpr = (GREEDY == False) and (FEW or TOP_P or MIN_P)  # noqa: E712
-    WEIGHS: tl.constexpr = (GREEDY == False) and (FEW == False) and (TOP_P or (MIN_P == False))  # noqa: E712
-    if FIRST and SECOND and S > 1:  # as in the loss: whoever waits, waits for programs that run already
+    """One program per row and part. `done_ptr`: per row how many parts are done, then the next program's number."""
+    if WAITS:  # as in the loss: whoever waits, waits for programs that run already
         rows = tl.num_programs(0) // S
         ticket = tl.atomic_add(done_ptr + rows, 1, sem="relaxed").to(tl.int32)
     else:
@@ -539,8 +545,8 @@ def sample_kernel(
             if bad == False:  # noqa: E712
                 token, logprob = _finish_row(
                     a_ptr, b_ptr, uniforms_ptr + row, index_ptr, most_ptr, mass_ptr, count_ptr, first_ptr, vocab, share,
-                    alpha, threshold, temperature, top_k, wanted, top_p, min_p, KIND, FEW, GREEDY, TOP_K, TOP_P, MIN_P, S,
-                    BLOCK, CAPACITY,
+                    alpha, threshold, temperature, top_k, wanted, top_p, min_p, KIND, FEW, GREEDY, TOP_K, TOP_P, MIN_P,
+                    S, BLOCK, CAPACITY,
                 )  # fmt: skip
             tl.store(token_ptr + row, token.to(tl.int64))
             tl.store(logprob_ptr + row, logprob)
@@ -599,8 +605,8 @@ def _finish_row(
                 )  # fmt: skip
             else:
                 token, drawn, total = _draw_from_part(
-                    a_ptr, b_ptr, most_ptr, mass_ptr, (share + BLOCK - 1) // BLOCK, vocab, share, alpha, threshold, most,
-                    temperature, u, KIND, S, BLOCK,
+                    a_ptr, b_ptr, most_ptr, mass_ptr, (share + BLOCK - 1) // BLOCK, vocab, share, alpha, threshold,
+                    most, temperature, u, KIND, S, BLOCK,
                 )  # fmt: skip
             logprob = (drawn - most) / temperature - tl.log(total)
     return token, logprob

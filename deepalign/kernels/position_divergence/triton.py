@@ -4,8 +4,8 @@
 candidates, a second for the count.
 
 `position_divergence` takes one program per row and two sweeps, the least there is: the count and the Jensen-Shannon
-divergence need both partitions. The first sums exp a, exp b and both times b - a, from the row's first entries, and keeps
-the largest per lane of both models; a row whose sums are not finite is read again with true maxima. The second has
+divergence need both partitions. The first sums exp a, exp b and both times b - a, from the row's first entries, and
+keeps the largest per lane of both models; a row whose sums are not finite is read again with true maxima. The second:
 
     JSD = sum (p_a + p_b) S(u),    u = log p_b - log p_a,    S(u) = [(1 - h) log(1 - h) + (1 + h) log(1 + h)] / 4,
 
@@ -18,10 +18,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from deepalign.kernels.completion_loss.triton import MOST_SELECTED, Options, alignment, check_rows, from_16_bytes, run_rows
+from deepalign.kernels.completion_loss.triton import (
+    MOST_SELECTED,
+    Options,
+    alignment,
+    check_rows,
+    from_16_bytes,
+    run_rows,
+)
 from deepalign.kernels.completion_loss.triton_math import exponential
 from deepalign.kernels.eager_math import top_k_lowest_index
-from deepalign.kernels.launch import launch_of
+from deepalign.kernels.launch import ALL_REGISTERS, at_most_registers, launch_of
 from deepalign.kernels.row_math import (
     INFINITY,
     LN2,
@@ -82,6 +89,7 @@ def position_divergence(aligned: Tensor, base: Tensor, top_n: int, vocab_size: i
             from_16_bytes(aligned, lead), from_16_bytes(base, lead), *floats, *counts, index, value, top[0], top[1],
             aligned.stride(0), base.stride(0), lead, vocab_size, top_n, BLOCK=block, TILES=tiles, LANES=lanes,
             CAPACITY=capacity, LISTED=listed, ALIGN=align, num_warps=launch.warps, enable_fp_fusion=True,
+            **at_most_registers(ALL_REGISTERS),
         )  # fmt: skip
     return (*floats.unbind(), *counts.unbind())
 
@@ -131,7 +139,15 @@ def _add(a, b, here, sums, offset_a, offset_b, MASKED: tl.constexpr, CAREFUL: tl
 
 @triton.jit
 def _load_pair(
-    a_ptr, b_ptr, tile, shift, vocab, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr, ALIGN: tl.constexpr
+    a_ptr,
+    b_ptr,
+    tile,
+    shift,
+    vocab,
+    BLOCK: tl.constexpr,
+    MASKED: tl.constexpr,
+    CAREFUL: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """Halves of both models, and which entries are there; CAREFUL: and finite."""
     P: tl.constexpr = BLOCK // 2
@@ -170,13 +186,16 @@ def _measure(a_ptr, b_ptr, tiles, shift, vocab, BLOCK: tl.constexpr):
         here = finite(a) & finite(b)
         present += here.to(tl.int32)
         wrong += ((here | ((a == -INFINITY) & (b == -INFINITY))) == False).to(tl.int32)  # noqa: E712
-        most_a, most_b = tl.maximum(most_a, tl.where(here, a, -INFINITY)), tl.maximum(most_b, tl.where(here, b, -INFINITY))
+        most_a, most_b = (
+            tl.maximum(most_a, tl.where(here, a, -INFINITY)),
+            tl.maximum(most_b, tl.where(here, b, -INFINITY)),
+        )
     return tl.max(most_a), tl.max(most_b), (tl.sum(present) == 0) | (tl.sum(wrong) > 0)
 
 
 @triton.jit
 def _read_row(a_ptr, b_ptr, tiles, shift, vocab, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """Sweep 1: partitions, divergences, the largest per lane. Offsets are in bits, or in logits if the row is careful."""
+    """Sweep 1: partitions, divergences, the largest per lane. Offsets are in bits; in logits if the row is careful."""
     P: tl.constexpr = BLOCK // 2
     zero, least = tl.zeros([P], tl.float32), tl.full([P], -INFINITY, tl.float32)
     nothing = (zero, zero, zero, zero, least, least)
@@ -193,7 +212,9 @@ def _read_row(a_ptr, b_ptr, tiles, shift, vocab, BLOCK: tl.constexpr, ALIGN: tl.
     sum_a, sum_b, lift_a, lift_b, top_a, top_b = sums
     z_a, z_b, l_a, l_b = tl.sum(sum_a), tl.sum(sum_b), tl.sum(lift_a), tl.sum(lift_b)
     careful, bad = tl.full((), False, tl.int1), tl.full((), False, tl.int1)
-    if not (finite(z_a) & finite(z_b) & finite(l_a) & finite(l_b) & finite(offset_a + offset_b) & (z_a > 0) & (z_b > 0)):
+    if not (
+        finite(z_a) & finite(z_b) & finite(l_a) & finite(l_b) & finite(offset_a + offset_b) & (z_a > 0) & (z_b > 0)
+    ):
         careful = careful | True
         offset_a, offset_b, bad = _measure(a_ptr, b_ptr, tiles, shift, vocab, BLOCK)
         sums = nothing
@@ -230,9 +251,7 @@ def _compare_tile(
     a_ptr, b_ptr, tile, shift, vocab, shares, count, threshold, unit, part_a, part_b, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
-    a_low, b_low, low, a_high, b_high, high = _load_pair(
-        a_ptr, b_ptr, tile, shift, vocab, BLOCK, MASKED, MASKED, ALIGN
-    )
+    a_low, b_low, low, a_high, b_high, high = _load_pair(a_ptr, b_ptr, tile, shift, vocab, BLOCK, MASKED, MASKED, ALIGN)
     shares, count = _compare(a_low, b_low, low, shares, count, threshold, unit, part_a, part_b, MASKED)
     return _compare(a_high, b_high, high, shares, count, threshold, unit, part_a, part_b, MASKED)
 
@@ -261,12 +280,15 @@ def _compare_row(
 
 
 @triton.jit
-def _top(r_ptr, other_ptr, index_ptr, value_ptr, out_ptr, maxima, n, tiles, vocab, shift, BLOCK: tl.constexpr,
-         TILES: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr):  # fmt: skip
+def _top(
+    r_ptr, other_ptr, index_ptr, value_ptr, out_ptr, maxima, n, tiles, vocab, shift, BLOCK: tl.constexpr,
+    TILES: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
     """Write the indices of a model's n largest entries, descending."""
+    bound = lower_bound(maxima, n, BOUND_ROUNDS)
     found = collect(
-        r_ptr, other_ptr, r_ptr, index_ptr + CAPACITY, index_ptr, value_ptr, maxima, lower_bound(maxima, n, BOUND_ROUNDS),
-        n, 0, tiles, vocab, shift, 0.0, 0.0, ENTRY, 1, BLOCK, TILES, LANES, CAPACITY, CAPACITY,
+        r_ptr, other_ptr, r_ptr, index_ptr + CAPACITY, index_ptr, value_ptr, maxima, bound, n, 0, tiles, vocab,
+        shift, 0.0, 0.0, ENTRY, 1, BLOCK, TILES, LANES, CAPACITY, CAPACITY,
     )  # fmt: skip
     tl.debug_barrier()
     write_largest(r_ptr + shift, index_ptr, found, n, out_ptr)
@@ -318,12 +340,40 @@ def divergence_kernel(
         threshold = ((offset_b - offset_a) * scale + (part_b[1] - part_a[1])) * LN2
         kl = tl.maximum(threshold - lift_a / z_a, 0.0)
         reverse = tl.maximum(lift_b / z_b - threshold, 0.0)
-        jsd, total = _compare_row(
-            a_ptr, b_ptr, tiles, shift, vocab, careful, threshold, part_a, part_b, BLOCK, ALIGN
-        )
+        jsd, total = _compare_row(a_ptr, b_ptr, tiles, shift, vocab, careful, threshold, part_a, part_b, BLOCK, ALIGN)
         if not LISTED:
-            _top(a_ptr, b_ptr, index_ptr, value_ptr, a_top_ptr, top_a, n, tiles, vocab, shift, BLOCK, TILES, LANES, CAPACITY)
-            _top(b_ptr, a_ptr, index_ptr, value_ptr, b_top_ptr, top_b, n, tiles, vocab, shift, BLOCK, TILES, LANES, CAPACITY)
+            _top(
+                a_ptr,
+                b_ptr,
+                index_ptr,
+                value_ptr,
+                a_top_ptr,
+                top_a,
+                n,
+                tiles,
+                vocab,
+                shift,
+                BLOCK,
+                TILES,
+                LANES,
+                CAPACITY,
+            )
+            _top(
+                b_ptr,
+                a_ptr,
+                index_ptr,
+                value_ptr,
+                b_top_ptr,
+                top_b,
+                n,
+                tiles,
+                vocab,
+                shift,
+                BLOCK,
+                TILES,
+                LANES,
+                CAPACITY,
+            )
         size, common, in_top = _shared(a_top_ptr, b_top_ptr, a_ptr + shift, b_ptr + shift, threshold, n)
         overlap = common.to(tl.float32) / size.to(tl.float32)
     tl.store(kl_ptr + row, kl)

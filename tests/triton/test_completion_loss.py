@@ -160,10 +160,10 @@ def test_given_entries_that_are_absent_do_not_count() -> None:
 
 
 def test_a_first_entry_far_below_the_others_or_above_them_starts_again_carefully() -> None:
-    student, aligned, base = three_models(4, 900)
+    student, aligned, base = three_models(4, 600)
     student[0, 0], aligned[1, 0], base[2, 0], student[3, 0] = -200.0, -150.0, -180.0, 120.0
-    with small(2, vocab=900):
-        for kind in pairwise(KINDS):
+    with small(2, vocab=600):
+        for kind in ({}, {name: values[1] for name, values in KINDS.items()}):
             check_against_wide_rows(
                 student, aligned, base, config(**kind), tolerance=2e-5, gradient_rounding=1e-5, **RUN
             )
@@ -211,7 +211,7 @@ def test_orders_that_defeat_bounds(name: str, top_k: int) -> None:
 @pytest.mark.parametrize("vocab", [1, 7, 33, 1100])
 def test_selections_of_every_size(vocab: int) -> None:
     models = three_models(1, vocab, peaked=False)
-    for top_k in {1, max(1, vocab // 2), vocab}:
+    for top_k in {1, max(1, vocab // 2), vocab} if vocab < 1000 else {vocab // 2, vocab}:
         for penalty, inplace in (("square", False), ("centered_square", True)):
             options = config(top_k, penalty=penalty)
             check_against_wide_rows(*models, options, tolerance=4e-6, inplace=inplace, gradient_rounding=1e-7, **RUN)
@@ -256,10 +256,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(layout: tuple, dtype: torch.dtype) -> None:
-    *places, vocab, align = layout
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [(name, torch.bfloat16) for name in LAYOUTS]
+    + [("16 bytes", torch.float16), ("alike, from the third entry on", torch.float16)]
+    + [("odd rows", torch.float32), ("of different starts", torch.float32)],
+    ids=str,
+)
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    *places, vocab, align = LAYOUTS[layout]
     models = three_models(3, vocab, dtype=dtype)
     moved = [shifted(model, *place) for model, place in zip(models, places, strict=True)]
     assert loss_triton.alignment(moved, vocab)[0] == align

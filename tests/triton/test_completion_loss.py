@@ -296,7 +296,7 @@ def test_in_place_writes_the_logits_and_nothing_beside_them(place: tuple[int, in
 def test_forward_only_says_the_same() -> None:
     models = three_models(1, 1500, dtype=torch.bfloat16)
     with small(2, vocab=1500):
-        for kind in pairwise(KINDS):
+        for kind in ({}, {name: values[1] for name, values in KINDS.items()}):
             with_gradient, _ = loss_and_gradient(*models, config=config(**kind), **RUN)
             alone = fused_completion_loss(*models, config=config(**kind), **RUN)
             for left, right in zip(alone, with_gradient, strict=True):

@@ -26,6 +26,7 @@ LOSS = {
     "DISTILL": True, "GRADIENT": True, "TEACHER_STUDENT": False, "FROM_STUDENT": False, "CENTERED": False,
     "GIVEN": False,
 }  # fmt: skip
+EIGHT: dict[str, Any] = {"S": 8, "TILES": 8}  # programs, where each must list what all list together otherwise
 LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "odd rows": {"ALIGN": 2},
     "rows anywhere": {"ALIGN": 0},
@@ -35,8 +36,8 @@ LOSS_OPTIONS: dict[str, dict[str, Any]] = {
     "teacher_student": {"TEACHER_STUDENT": True},
     "favored from student": {"FROM_STUDENT": True},
     "given": {"GIVEN": True, "CAPACITY": 25},
-    "centered, pass 1": {"CENTERED": True, "SECOND": False, "GRADIENT": False, "LANES": 256, "CAPACITY": 256},
-    "centered, pass 2": {"CENTERED": True, "FIRST": False},
+    "centered, pass 1": {"CENTERED": True, "SECOND": False, "GRADIENT": False, "LANES": 256, "CAPACITY": 256, **EIGHT},
+    "centered, pass 2": {"CENTERED": True, "FIRST": False, **EIGHT},
     "base favored tokens": {"DISTILL": False, "GRADIENT": False},
 }
 

@@ -37,7 +37,7 @@ from deepalign.kernels.launch import (
 )
 
 MOST_SELECTED = 1024  # in the kernels; more are selected by torch's own sort before
-TILE_LIMIT = 8192  # entries that `collect` looks into at once
+TILE_LIMIT = 4096  # entries that `collect` looks into at once: twice as many do not stay in registers
 
 
 class Options(NamedTuple):

@@ -16,7 +16,8 @@ ISAS ?= avx512 avx2 portable
 TORCHES ?= 2.13.0 2.11.0
 
 .PHONY: help install demo test test-isas check bench bench-full docs sanitize package matrix clean
-.PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest gpu-train
+.PHONY: triton interpret-loss interpret-rest codegen
+.PHONY: gpu gpu-check gpu-loss gpu-sampler gpu-linear gpu-rest gpu-train gpu-sanitize gpu-profile
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
 	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
@@ -29,8 +30,9 @@ help:
 	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
 	@echo "make matrix    every ZeRO stage x LoRA x family x accumulation x ranks against float64 (a quarter of an hour)"
 	@echo "make gpu-train a 1B-shaped model through run.py on a GPU: speed and memory, linear against eager loss"
-	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler and gpu-rest,"
+	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler, gpu-linear and gpu-rest,"
 	@echo "               minutes each; results in benchmarks/results/"
+	@echo "make gpu-sanitize, gpu-profile    compute-sanitizer and ncu on the kernels, where these are installed"
 
 install: $(READY) $(NATIVE)
 
@@ -129,7 +131,7 @@ gpu-train: $(READY)
 	@echo "== training on a GPU through run.py"
 	$(BIN)/python -m benchmarks.gpu_train --out benchmarks/results/gpu-train.json $(GPU_TRAIN_FLAGS)
 
-gpu: gpu-check gpu-loss gpu-sampler gpu-rest
+gpu: gpu-check gpu-loss gpu-sampler gpu-linear gpu-rest
 
 gpu-check: $(READY)
 	@echo "== tests that need a GPU"
@@ -144,6 +146,26 @@ gpu-loss: $(READY)
 gpu-sampler: $(READY)
 	@echo "== the sampler on a GPU, in CUDA graphs"
 	$(BIN)/python -m benchmarks.gpu sampler --out benchmarks/results/gpu-sampler.json
+
+gpu-linear: $(READY)
+	@echo "== the linear loss on a GPU, beside its products, TRL and Liger"
+	-$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) liger-kernel trl
+	$(BIN)/python -m benchmarks.gpu linear --out benchmarks/results/gpu-linear.json
+
+# Small shapes: a sanitized kernel takes a hundred times as long. `initcheck` would find what padding leaves unread.
+gpu-sanitize: $(READY)
+	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH (it comes with the CUDA toolkit)"; exit 1; }
+	@for tool in memcheck racecheck synccheck; do \
+		echo "== compute-sanitizer, $$tool"; \
+		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
+		$(BIN)/python -m benchmarks.gpu_once --rows 5 --vocab 4099 || exit 1; \
+	done
+
+gpu-profile: $(READY)
+	@command -v ncu >/dev/null || { echo "ncu is not on PATH (it comes with the CUDA toolkit)"; exit 1; }
+	@mkdir -p benchmarks/results
+	ncu --set full --kernel-name "regex:(rows|select|sample|divergence)_kernel" --csv --page raw --log-file benchmarks/results/gpu-profile.csv \
+		$(BIN)/python -m benchmarks.gpu_once --rows 1024 --vocab 128256
 
 gpu-rest: $(READY)
 	@echo "== the other benchmarks that need a GPU"

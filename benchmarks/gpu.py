@@ -1,4 +1,4 @@
-"""Times the Triton kernels on a GPU: `python -m benchmarks.gpu loss|sampler --out benchmarks/results/gpu-loss.json`.
+"""Times the library on a GPU: `python -m benchmarks.gpu loss|sampler|linear --out benchmarks/results/gpu-loss.json`.
 
 Every figure stands beside the copy bandwidth measured in the same run. Contestants take turns, a round after the other,
 and a time is the median over rounds between two events on the stream. The peers are those of `peers.py`, and, where
@@ -24,6 +24,7 @@ import torch
 from benchmarks.cases import Case
 from benchmarks.contestants import LossContestants, SamplerContestants
 from benchmarks.environment import machine
+from benchmarks.gpu_linear import linear_rows
 from benchmarks.interleaved import Contestant
 from benchmarks.peers import compiled_statically, loss_peers, sample_eager
 
@@ -203,7 +204,7 @@ def sampler_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
 def main(arguments: list[str] | None = None) -> int:
     """Measure, print a line per row, save."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=("loss", "sampler"))
+    parser.add_argument("what", choices=("loss", "sampler", "linear"))
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a test of the script, on any device")
@@ -214,14 +215,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: no GPU here; --device cpu --tiny tests the script", file=sys.stderr)
         return 2
-    rows = loss_rows(options) if options.what == "loss" else sampler_rows(options)
+    if options.what == "linear":
+        rows = linear_rows(options, lambda entered: take_turns(entered, Clock(options.device), options.rounds))
+    else:
+        rows = loss_rows(options) if options.what == "loss" else sampler_rows(options)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     options.out.parent.mkdir(parents=True, exist_ok=True)
     result = {"device": device, "tiny": options.tiny, "machine": machine(), "rows": rows}
     options.out.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         figures = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
-        print(row["shape"], row.get("mode", row.get("options")), row["contestant"], figures)
+        print(row.get("shape", row.get("case")), row.get("mode", row.get("options")), row["contestant"], figures)
     return 0
 
 

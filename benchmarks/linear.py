@@ -26,6 +26,7 @@ class LinearCase:
     hidden: int = 2048
     vocab: int = 128256
     head: bool = False  # whether the student's head is trained
+    device: str = "cpu"
 
     def __str__(self) -> str:
         return f"bfloat16-{self.rows}x{self.hidden}x{self.vocab}-{'trained' if self.head else 'frozen'}"
@@ -47,17 +48,18 @@ class LinearContestants:
     """The library and its peers on one case."""
 
     def __init__(self, case: LinearCase) -> None:
-        generator = torch.Generator().manual_seed(0)
+        generator = torch.Generator(case.device).manual_seed(0)
         self.case = case
-        shared = torch.randn(case.rows, case.hidden, generator=generator)
-        self.hidden = [(shared + 0.1 * torch.randn(shared.shape, generator=generator)).bfloat16() for _ in range(3)]
+
+        def normal(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, device=case.device, dtype=dtype).normal_(0, scale, generator=generator)
+
+        shared = normal(case.rows, case.hidden)
+        self.hidden = [(shared + normal(*shared.shape, scale=0.1)).bfloat16() for _ in range(3)]
         self.heads = [
-            torch.empty(case.vocab, case.hidden, dtype=torch.bfloat16).normal_(
-                0, 3 / case.hidden**0.5, generator=generator
-            )
-            for _ in range(3)
+            normal(case.vocab, case.hidden, scale=3 / case.hidden**0.5, dtype=torch.bfloat16) for _ in range(3)
         ]
-        self.weights = torch.ones(2, case.rows)
+        self.weights = torch.ones(2, case.rows, device=case.device)
         self.hidden[0].requires_grad_()
         self.heads[0].requires_grad_(case.head)
 
@@ -136,15 +138,19 @@ def product_routes() -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
 
 
 class BareProducts:
-    """The products of one call alone, into buffers that are there: three of logits, then dh, then dW where trained."""
+    """The products of one call alone, into buffers that are there: three of logits, then dh, then dW where trained.
+
+    The gradient is a bfloat16 matrix here, the fastest: the library multiplies it in two terms where that matters.
+    """
 
     def __init__(self, contestants: LinearContestants) -> None:
         case = contestants.case
         self.hidden = [tensor.detach() for tensor in contestants.hidden]
         self.heads = [tensor.detach() for tensor in contestants.heads]
-        self.logits = torch.randn(case.rows, case.vocab)
-        self.dhidden = torch.empty(case.rows, case.hidden)
-        self.dlm_head = torch.zeros(case.vocab, case.hidden) if case.head else None
+        self.logits = torch.randn(case.rows, case.vocab, device=case.device)
+        self.dlogits = self.logits.bfloat16()
+        self.dhidden = torch.empty(case.rows, case.hidden, device=case.device)
+        self.dlm_head = torch.zeros(case.vocab, case.hidden, device=case.device) if case.head else None
 
     def contestant(self, route: str) -> Contestant:
         product = product_routes()[route]
@@ -152,8 +158,8 @@ class BareProducts:
         def call() -> None:
             for hidden, head in zip(self.hidden, self.heads, strict=True):
                 product(hidden, head.t(), self.logits)
-            product(self.logits, self.heads[0], self.dhidden)
+            product(self.dlogits, self.heads[0], self.dhidden)
             if self.dlm_head is not None:
-                product(self.logits.t(), self.hidden[0], self.dlm_head)
+                product(self.dlogits.t(), self.hidden[0], self.dlm_head)
 
         return Contestant(call)

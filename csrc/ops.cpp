@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor> contrastive_sample(Tensor aligned, Tensor base, Tenso
 
 bool has_gemm_bf16() { return kernels().gemm_bf16 != nullptr; }
 
-void gemm_bf16_into(Tensor left, Tensor right, Tensor out, bool accumulate) {
+void gemm_bf16_into(Tensor left, Tensor right, Tensor out, bool accumulate, std::optional<Tensor> levels) {
   STD_TORCH_CHECK(has_gemm_bf16(), "deepalign: the instruction set that serves cannot multiply bfloat16");
   for (const Tensor* matrix : {&left, &right, &out}) {
     STD_TORCH_CHECK(matrix->is_cpu() && matrix->dim() == 2, "deepalign: left, right and out must be CPU matrices");
@@ -205,7 +205,22 @@ void gemm_bf16_into(Tensor left, Tensor right, Tensor out, bool accumulate) {
   args.right = right.data_ptr();
   args.right_stride_depth = right.stride(0), args.right_stride_column = right.stride(1);
   args.out = data<float>(out), args.out_stride = out.stride(0), args.accumulate = accumulate;
+  if (levels) {
+    STD_TORCH_CHECK(args.left_is_float, "deepalign: levels are of a float32 left matrix");
+    const int64_t lines = args.left_stride_depth == 1 ? args.rows : args.depth;
+    args.levels = check_per_row<float>("levels", *levels, ScalarType::Float, lines);
+  }
   kernels().gemm_bf16(args, parallel());
+}
+
+Tensor row_levels(Tensor matrix) {
+  STD_TORCH_CHECK(has_gemm_bf16(), "deepalign: the instruction set that serves cannot multiply bfloat16");
+  STD_TORCH_CHECK(matrix.is_cpu() && matrix.dim() == 2 && matrix.scalar_type() == ScalarType::Float,
+                  "deepalign: matrix must be a float32 CPU matrix");
+  STD_TORCH_CHECK(matrix.size(1) <= 1 || matrix.stride(1) == 1, "deepalign: matrix must be contiguous in its columns");
+  Tensor levels = empty(matrix, {matrix.size(0)}, ScalarType::Float);
+  kernels().row_levels(data<float>(matrix), matrix.stride(0), matrix.size(0), matrix.size(1), data<float>(levels), parallel());
+  return levels;
 }
 
 // ---- which instruction set serves
@@ -223,6 +238,7 @@ STABLE_TORCH_LIBRARY_IMPL(deepalign, CPU, m) {
   m.impl("base_favored_tokens", TORCH_BOX(&deepalign::base_favored_tokens));
   m.impl("contrastive_sample", TORCH_BOX(&deepalign::contrastive_sample));
   m.impl("gemm_bf16_", TORCH_BOX(&deepalign::gemm_bf16_into));
+  m.impl("row_levels", TORCH_BOX(&deepalign::row_levels));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(deepalign, CompositeExplicitAutograd, m) {

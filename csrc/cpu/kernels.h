@@ -77,12 +77,13 @@ struct ContrastiveSampleArgs {
 };
 
 // out (rows, columns) = left (rows, depth) right (depth, columns), added to what it holds if `accumulate`. The right
-// matrix is bfloat16, the left one too or fp32, then rounded to bfloat16; of each one stride is 1.
+// matrix is bfloat16, the left one too or fp32; of each one stride is 1.
 struct GemmArgs {
   int64_t rows, columns, depth;
   const void* left;
   bool left_is_float;
   int64_t left_stride_row, left_stride_depth;
+  const float* levels;  // of a left matrix in fp32, per contiguous line: second terms below are dropped; null: none are
   const void* right;
   int64_t right_stride_depth, right_stride_column;
   float* out;  // contiguous in the columns
@@ -96,7 +97,9 @@ struct Kernels {
   void (*position_statistics)(const PositionDivergenceArgs&, const Parallel&);
   void (*base_favored_tokens)(const BaseFavoredTokensArgs&, const Parallel&);
   void (*contrastive_sample)(const ContrastiveSampleArgs&, const Parallel&);
-  void (*gemm_bf16)(const GemmArgs&, const Parallel&);  // null where no instruction multiplies bfloat16
+  // Both null where no instruction multiplies bfloat16.
+  void (*gemm_bf16)(const GemmArgs&, const Parallel&);
+  void (*row_levels)(const float* matrix, int64_t stride, int64_t rows, int64_t columns, float* levels, const Parallel&);
 };
 
 // The best set that this processor runs, or the one that DEEPALIGN_CPU_ISA names. Throws std::runtime_error if that

@@ -11,11 +11,11 @@ namespace DEEPALIGN_ISA {
 
 extern const Kernels kTable;
 #ifdef DEEPALIGN_AVX512_BF16
-const Kernels kTable = {completion_loss,     position_divergence, position_statistics,
-                        base_favored_tokens, contrastive_sample,  gemm_bf16};
+const Kernels kTable = {completion_loss,    position_divergence, position_statistics, base_favored_tokens,
+                        contrastive_sample, gemm_bf16,           row_levels};
 #else
-const Kernels kTable = {completion_loss,     position_divergence, position_statistics,
-                        base_favored_tokens, contrastive_sample,  nullptr};
+const Kernels kTable = {completion_loss,    position_divergence, position_statistics, base_favored_tokens,
+                        contrastive_sample, nullptr,             nullptr};
 #endif
 
 }  // namespace DEEPALIGN_ISA

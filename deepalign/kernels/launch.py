@@ -16,7 +16,7 @@ import torch
 class Launch(NamedTuple):
     """Sizes of a launch."""
 
-    block: int  # entries of a tile of 16-bit logits; half of it of 32-bit ones
+    block: int  # entries of a tile
     warps: int
     share: int  # entries of a row that one program reads, about
     programs: int  # where fewer rows than this are there, they are split further
@@ -31,8 +31,18 @@ LAUNCH: dict[str, dict[str, Launch]] = {
         "gfx942": Launch(block=2048, warps=4, share=32768, programs=608),
     },
     "position_divergence": {"default": Launch(block=2048, warps=8, share=0, programs=0)},
-    "contrastive_sample": {"default": Launch(block=4096, warps=8, share=0, programs=0)},
+    "contrastive_sample": {"default": Launch(block=2048, warps=8, share=2**30, programs=128)},
 }
+
+
+# Registers per thread. Left alone, the compiler stops at a round number of programs per multiprocessor, and spills a
+# word or two to get there. 128: two programs of 256 threads.
+SHARED_REGISTERS, ALL_REGISTERS = 128, 255
+
+
+def at_most_registers(most: int) -> dict[str, int]:
+    """Option of a launch; AMD's compiler knows no such one."""
+    return {} if torch.version.hip else {"maxnreg": most}
 
 
 def launch_of(operation: str, device: torch.device) -> Launch:

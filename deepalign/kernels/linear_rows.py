@@ -25,7 +25,7 @@ class ChunkSize(NamedTuple):
 # On a CPU 64 rows take about 1.2 times as long per row as 128: the heads are read and packed twice as often
 # (docs/log.md). A GPU's numbers are set by memory, not measured.
 CHUNK_SIZES = {"cpu": ChunkSize(budget=192 << 20, least=128, most=512)}
-DEVICE_CHUNK_SIZE = ChunkSize(budget=1900 << 20, least=256, most=4096)
+DEVICE_CHUNK_SIZE = ChunkSize(budget=2200 << 20, least=256, most=4096)
 ROW_MULTIPLE = 8  # rows that the CPU's product takes at a time; a GPU's tiles are multiples of it
 
 
@@ -150,7 +150,7 @@ def under_autocast(tensor: Tensor) -> Tensor:
     return tensor.to(torch.get_autocast_dtype(device))
 
 
-def choose_chunk_rows(rows: int, vocab_size: int, device: torch.device, buffers: float) -> int:
+def choose_chunk_rows(rows: int, vocab_size: int, device: torch.device, buffers: float, besides: int = 0) -> int:
     """How many rows of logits to hold at a time: as the budget allows, but no fewer than products need to be efficient.
 
     Args:
@@ -158,9 +158,10 @@ def choose_chunk_rows(rows: int, vocab_size: int, device: torch.device, buffers:
         vocab_size: entries of a row.
         device: where.
         buffers: float32 entries held per entry of a chunk's logits.
+        besides: bytes of the budget that something else takes.
     """
     size = CHUNK_SIZES.get(device.type, DEVICE_CHUNK_SIZE)
-    wanted = int(size.budget / (4 * buffers * vocab_size))
+    wanted = int((size.budget - besides) / (4 * buffers * vocab_size))
     wanted = max(size.least, min(size.most, wanted // ROW_MULTIPLE * ROW_MULTIPLE))
     chunks = max(1, -(-rows // wanted))
     even = -(-rows // chunks)

@@ -9,8 +9,9 @@ half-precision matrices must not be rounded to their operands' dtype. Per device
     "blocks"       other half precision on a CPU: the right matrix converted to float32 block by block, in cache, then
                    multiplied by torch's float32 product
 
-A left operand in float32 (the gradient of logits) is rounded to the right one's dtype by "out_dtype" and "native_bf16",
-as autograd rounds it for half-precision matrices; "blocks" does not round it.
+A left operand in float32 (the gradient of logits) is not rounded, or so that nobody notices: dh and dW err like
+products in float32. "native_bf16" multiplies it as the sum of two bfloat16 terms, the second only where it matters:
+above `row_levels`, if these are passed on. On a GPU `half_products.py` makes it float16, scaled row by row.
 """
 
 import torch
@@ -21,12 +22,18 @@ from deepalign.kernels.library import LIBRARY, WHY_NO_NATIVE
 # float32 entries of a converted block. Measured, 128 x 2048 x 32064: 110 ms with 2 MiB, 106 with 8, 158 with 32.
 BLOCK_ELEMENTS = 1 << 21
 
-LIBRARY.define("gemm_bf16_(Tensor left, Tensor right, Tensor(a!) out, bool accumulate) -> ()")
+LIBRARY.define("gemm_bf16_(Tensor left, Tensor right, Tensor(a!) out, bool accumulate, Tensor? levels=None) -> ()")
+LIBRARY.define("row_levels(Tensor matrix) -> Tensor")
 
 
 @torch.library.register_fake("deepalign::gemm_bf16_", lib=LIBRARY)
-def _fake_gemm(left: Tensor, right: Tensor, out: Tensor, accumulate: bool) -> None:
+def _fake_gemm(left: Tensor, right: Tensor, out: Tensor, accumulate: bool, levels: Tensor | None = None) -> None:
     return None
+
+
+@torch.library.register_fake("deepalign::row_levels", lib=LIBRARY)
+def _fake_levels(matrix: Tensor) -> Tensor:
+    return matrix.new_empty(matrix.shape[0])
 
 
 def product_route(device: torch.device, dtype: torch.dtype) -> str:
@@ -39,14 +46,23 @@ def product_route(device: torch.device, dtype: torch.dtype) -> str:
     return "native_bf16" if native else "blocks"
 
 
-def product_(left_MK: Tensor, right_KN: Tensor, out_MN: Tensor, *, accumulate: bool = False) -> None:
+def row_levels(gradient_RV: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """What `product_` needs to know of a float32 gradient of logits that it multiplies with matrices of `dtype`."""
+    route = product_route(gradient_RV.device, dtype)
+    return torch.ops.deepalign.row_levels(gradient_RV) if route == "native_bf16" else None
+
+
+def product_(
+    left_MK: Tensor, right_KN: Tensor, out_MN: Tensor, *, accumulate: bool = False, levels: Tensor | None = None
+) -> None:
     """out = left right, or out += left right.
 
     Args:
-        left_MK: of the right one's dtype, or float32.
+        left_MK: of the right one's dtype, or float32 on a CPU.
         right_KN: bf16, fp16, fp32 or fp64; decides the route.
         out_MN: float32 (float64 for float64 operands), contiguous in its columns.
         accumulate: add to `out_MN` instead of overwriting it.
+        levels: `row_levels` of the left operand, or of the matrix whose transpose it is.
     """
     if 0 in (left_MK.shape[0], right_KN.shape[1]):
         return
@@ -58,9 +74,9 @@ def product_(left_MK: Tensor, right_KN: Tensor, out_MN: Tensor, *, accumulate: b
     if route == "torch":
         out_MN.addmm_(left_MK, right_KN, beta=int(accumulate))
     elif route == "native_bf16":
-        torch.ops.deepalign.gemm_bf16_(_one_stride_is_1(left_MK), _one_stride_is_1(right_KN), out_MN, accumulate)
+        left_MK, right_KN = _one_stride_is_1(left_MK), _one_stride_is_1(right_KN)
+        torch.ops.deepalign.gemm_bf16_(left_MK, right_KN, out_MN, accumulate, levels)
     elif route == "out_dtype":
-        left_MK = left_MK.to(right_KN.dtype)
         if accumulate:
             torch.ops.aten.addmm.dtype_out(out_MN, left_MK, right_KN, torch.float32, out=out_MN)
         else:

@@ -44,44 +44,49 @@ def ranked_at(r_ptr, b_ptr, offsets, exists, alpha, threshold, KIND: tl.constexp
 
 @triton.jit
 def collect(
-    r_ptr, b_ptr, s_ptr, index_ptr, value_ptr, maxima, bound, k, part, tiles, vocab, shift, alpha, threshold,
+    r_ptr, b_ptr, s_ptr, lane_ptr, index_ptr, value_ptr, maxima, bound, k, part, tiles, vocab, shift, alpha, threshold,
     KIND: tl.constexpr, S: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
-    CAPACITY: tl.constexpr,
+    CAPACITY: tl.constexpr, ROOM: tl.constexpr,
 ):  # fmt: skip
     """Write index and s of every entry of this share that may be among the row's k largest d; return how many.
 
     Args:
         r_ptr, b_ptr, s_ptr: where tile 0 begins.
-        index_ptr, value_ptr: room for CAPACITY entries, of which the first LANES also serve as scratch.
+        lane_ptr: scratch for ROOM lanes, LANES of them looked into at a time; with ROOM = LANES it may be index_ptr.
+        index_ptr, value_ptr: room for CAPACITY entries.
         maxima: per lane.
         bound: none of the k largest is below it.
         alpha, threshold: of a contrast, else not looked at.
         tiles: of the whole row; TILES, a power of 2, of this program at least.
-        CAPACITY: at least min(k, share) and LANES.
+        CAPACITY: at least min(k, share), and ROOM if the lanes share its memory.
     """
     P: tl.constexpr = BLOCK // 2
     active = (maxima >= bound) & (maxima > -INFINITY)
     n_active = tl.sum(active.to(tl.int32))
     count = tl.full((), CAPACITY + 1, tl.int32)
-    if n_active <= LANES:
+    if n_active <= ROOM:
         seat = tl.cumsum(active.to(tl.int32), 0) - 1
-        tl.store(index_ptr + seat, tl.arange(0, P), mask=active)
+        tl.store(lane_ptr + seat, tl.arange(0, P), mask=active)
         tl.debug_barrier()
-        slot = tl.arange(0, LANES)
-        lane = tl.load(index_ptr + slot, mask=slot < n_active, other=0)
-        turn = tl.arange(0, 2 * TILES)
-        tile = (turn // 2) * S + part
-        offsets = tl.reshape(tile[None, :] * BLOCK + 2 * lane[:, None] + (turn % 2)[None, :], [LANES * 2 * TILES])
-        live = tl.reshape((slot < n_active)[:, None] & (tile < tiles)[None, :], [LANES * 2 * TILES])
-        exists = live & (offsets >= shift) & (offsets < shift + vocab)
-        hit = ranked_at(r_ptr, b_ptr, offsets, exists, alpha, threshold, KIND) >= bound
-        count = tl.sum(hit.to(tl.int32))
-        if count <= CAPACITY:
-            place = tl.cumsum(hit.to(tl.int32), 0) - 1
-            value = tl.load(s_ptr + offsets, mask=hit, other=0.0).to(tl.float32)
-            tl.debug_barrier()  # everybody has the lanes
-            tl.store(index_ptr + place, offsets - shift, mask=hit)
-            tl.store(value_ptr + place, value, mask=hit)
+        count = tl.full((), 0, tl.int32)
+        for first in range(0, n_active, LANES):
+            slot = first + tl.arange(0, LANES)
+            lane = tl.load(lane_ptr + slot, mask=slot < n_active, other=0)
+            turn = tl.arange(0, 2 * TILES)
+            tile = (turn // 2) * S + part
+            offsets = tl.reshape(tile[None, :] * BLOCK + 2 * lane[:, None] + (turn % 2)[None, :], [LANES * 2 * TILES])
+            live = tl.reshape((slot < n_active)[:, None] & (tile < tiles)[None, :], [LANES * 2 * TILES])
+            exists = live & (offsets >= shift) & (offsets < shift + vocab)
+            hit = ranked_at(r_ptr, b_ptr, offsets, exists, alpha, threshold, KIND) >= bound
+            found = tl.sum(hit.to(tl.int32))
+            if count + found <= CAPACITY:
+                place = count + tl.cumsum(hit.to(tl.int32), 0) - 1
+                value = tl.load(s_ptr + offsets, mask=hit, other=0.0).to(tl.float32)
+                if ROOM == LANES:
+                    tl.debug_barrier()  # everybody has the lanes
+                tl.store(index_ptr + place, offsets - shift, mask=hit)
+                tl.store(value_ptr + place, value, mask=hit)
+            count += found
     if count > CAPACITY:
         tl.debug_barrier()
         low, high = ordered_key(bound), ordered_key(tl.max(maxima))

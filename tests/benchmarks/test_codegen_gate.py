@@ -40,6 +40,11 @@ def test_what_is_worse_fails(change: dict[str, float], message: str) -> None:
     assert any(message in line for line in complaints({**GOOD, **change}, GOOD))
 
 
+def test_a_spill_cannot_be_accepted() -> None:
+    for change in ({"spill_bytes": 8}, {"vector_spills": 1}):
+        assert any("local memory" in line for line in complaints({**GOOD, **change}, {**GOOD, **change}))
+
+
 def test_a_main_loop_that_lost_its_wide_loads_fails() -> None:
     lost = {key: value for key, value in GOOD.items() if not key.startswith("pass_2")}
     assert any("no 16-byte loads any more" in line for line in complaints(lost, GOOD))

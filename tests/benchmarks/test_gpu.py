@@ -5,21 +5,28 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import gpu_once
 from benchmarks.gpu import main
 
 
-@pytest.mark.parametrize("what", ["loss", "sampler"])
+@pytest.mark.parametrize("what", ["loss", "sampler", "linear"])
 def test_every_row_is_measured_and_saved(what: str, tmp_path: Path) -> None:
     out = tmp_path / "results" / "gpu.json"
     assert main([what, "--out", str(out), "--device", "cpu", "--tiny", "--peers", "eager", "--rounds", "2"]) == 0
     result = json.loads(out.read_text())
     assert result["tiny"] is True
     contestants = {row["contestant"] for row in result["rows"]}
-    assert {"reference", "eager"} <= contestants
+    assert (
+        contestants == {"library", "library, recompute", "bare products", "eager, chunked"}
+        if what == "linear"
+        else {"reference", "eager"} <= contestants
+    )
     for row in result["rows"]:
         if what == "loss":
             assert row["ms"] > 0
             assert row["share_of_copy"] == pytest.approx(row["useful_gb_per_s"] / row["copy_gb_per_s"])
+        elif what == "linear":
+            assert row["tflop_per_s"] > 0
         else:
             assert row["us"] > 0
     if what == "loss":
@@ -34,3 +41,9 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[
         pytest.skip("there is a GPU")
     assert main(["loss", "--out", str(tmp_path / "x.json")]) == 2
     assert "no GPU here" in capsys.readouterr().err
+
+
+def test_every_kernel_runs_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_once.main(["--rows", "2", "--vocab", "300", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 + 3 + len(gpu_once.SAMPLES)

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import allocator
+from benchmarks import allocator, linear_memory
 
 ROOT = Path(__file__).parents[2]
 PRELUDE = """
 import json, torch
-from benchmarks import allocator
+from benchmarks import allocator, linear_memory
 from benchmarks.interleaved import Contestant
 from benchmarks.peak_memory import peak_extra_bytes
 torch.set_num_threads(1)
@@ -86,3 +86,20 @@ def test_peak_memory_refuses_what_is_no_dtype(capfd: pytest.CaptureFixture[str])
     command = [sys.executable, "-m", "benchmarks.peak_memory", "--contestant=eager", "--mode=forward", "--dtype=save"]
     assert subprocess.run(command, cwd=ROOT).returncode == 2
     assert "--dtype is 'save'" in capfd.readouterr().err
+
+
+def test_the_linear_tables_are_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear_memory, "in_a_process", lambda *case: {"peak_extra_mib": 1.25})
+    path = tmp_path / "table.json"
+    linear_memory.save_table(path, hidden=16, vocab=64, most_tokens=2048)
+    saved = json.loads(path.read_text())
+    assert [row["tokens"] for row in saved["cpu"]] == [1024, 2048]
+    assert {row["how"] for row in saved["cpu"]} == {"measured"}
+    assert saved["cpu"][0]["linear_mib"] == 1.2
+    assert [row["tokens"] for row in saved["gpu"]] == linear_memory.TOKENS
+    assert all("not measured" in row["how"] for row in saved["gpu"])
+    at_8192 = next(row for row in saved["gpu"] if row["tokens"] == 8192)
+    assert at_8192["ours_gib"] * 2**30 <= 2.5e9
+    committed = json.loads((ROOT / "docs/results/linear-memory.json").read_text())
+    assert [row["tokens"] for row in committed["cpu"]] == linear_memory.TOKENS
+    assert committed["gpu"] == saved["gpu"]

@@ -5,7 +5,7 @@ import torch
 
 from deepalign import CompletionLossConfig, base_favored_tokens, fused_completion_loss, position_divergence
 from deepalign.kernels.completion_loss import IMPLEMENTATIONS
-from tests.kernels.linear_helpers import Models, linear, linear_models
+from tests.kernels.linear_helpers import Models, linear, linear_models, materialised
 
 pytestmark = pytest.mark.gpu
 
@@ -39,16 +39,30 @@ def test_diagnosis_is_that_of_the_cpu(logits: list[torch.Tensor]) -> None:
             torch.testing.assert_close(on_gpu.cpu(), on_cpu)
 
 
-def test_the_loss_never_waits_for_the_device(logits: list[torch.Tensor]) -> None:
+def test_the_forward_never_waits_for_the_device(logits: list[torch.Tensor]) -> None:
     student, aligned, base = (tensor.float().cuda() for tensor in logits)
     student.requires_grad_()
     weight = torch.ones(5, device="cuda")
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        fused_completion_loss(student, aligned, base, kl_weight=weight, completion_weight=weight).loss.backward()
+        loss = fused_completion_loss(student, aligned, base, kl_weight=weight, completion_weight=weight).loss
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_linear_gradients_err_no_more_than_float32_products(dtype: torch.dtype) -> None:
+    models = linear_models(64, vocab=4001, sizes=(256, 256, 256), dtype=dtype)
+    models = Models(*(tensor.cuda() for tensor in models)).trained()
+    exact_gradients = materialised(models, reduction="sum")[1]
+    eager_gradients = materialised(models, reduction="sum", dtype=torch.float32)[1]
+    for one, eager, exact in zip(
+        linear(models, reduction="sum", chunk_rows=24)[1], eager_gradients, exact_gradients, strict=True
+    ):
+        error = torch.linalg.vector_norm(one.double() - exact)
+        assert float(error) <= 1.02 * float(torch.linalg.vector_norm(eager.to(dtype).double() - exact))
 
 
 @pytest.mark.parametrize("head", [True, False])

@@ -18,7 +18,7 @@ from tests.kernels.linear_helpers import CONFIG, Models, largest_error, linear, 
 from tests.kernels.loss_helpers import every_implementation
 from tests.kernels.samples import Case, pairwise
 
-# relative to the largest entry: gradients are rounded once, in bfloat16 those of the logits once more
+# relative to the largest entry: gradients are rounded once
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 8e-3, torch.float16: 1e-3}
 OPTIONS = {
     "dtype": list(TOLERANCE),
@@ -81,9 +81,10 @@ def test_options_combined(case: Case) -> None:
 
 @pytest.mark.parametrize("spread", [0.5, 3.0, 6.0])
 def test_bfloat16_errs_no_more_than_eager_with_float32_logits(spread: float) -> None:
-    """Eager: logits as float32 products of the bfloat16 operands, autograd's backward on operands of their dtype.
+    """Eager: float32 products of the bfloat16 operands, the loss on these logits, autograd's backward through both.
 
-    Rounding the logits to bfloat16 first, as a bfloat16 linear layer does, is ten times worse at the least.
+    Gradients are then rounded once, by the cast of the operands. Rounding the logits to bfloat16 first, as a bfloat16
+    linear layer does, is ten times worse at the least.
     """
     config = CompletionLossConfig(top_k=20)
     models = linear_models(32, vocab=4096, sizes=(256, 256, 256), dtype=torch.bfloat16, spread=spread).trained()
@@ -104,17 +105,15 @@ def test_bfloat16_errs_no_more_than_eager_with_float32_logits(spread: float) -> 
             error, eager_error = (
                 float(torch.linalg.vector_norm(one.double() - wanted, norm)) for one in (ours_one, eager_one)
             )
-            assert error <= 1.02 * eager_error
+            assert error <= 1.01 * eager_error
 
 
 def eager_with_float32_logits(models: Models, config: CompletionLossConfig) -> tuple[object, list[Tensor]]:
-    logits = [h.detach().float() @ w.detach().float().t() for h, w in (models[0:2], models[2:4], models[4:6])]
-    logits[0].requires_grad_()
-    output = fused_completion_loss(*logits, config=config, reduction="sum", implementation="reference")
-    output.loss.backward()
-    dlogits = logits[0].grad.bfloat16().float()
-    hidden, head = (tensor.detach().float() for tensor in models[:2])
-    return output, [(dlogits @ head).bfloat16(), (dlogits.t() @ hidden).bfloat16()]
+    logits = [h.float() @ w.float().t() for h, w in (models[0:2], models[2:4], models[4:6])]
+    output = fused_completion_loss(
+        logits[0], logits[1].detach(), logits[2].detach(), config=config, reduction="sum", implementation="reference"
+    )
+    return output, list(torch.autograd.grad(output.loss, models.leaves()))
 
 
 def coarse_divergence(models: Models, config: CompletionLossConfig) -> Tensor:
@@ -222,10 +221,11 @@ def test_the_chunk_is_chosen_by_memory_and_efficiency() -> None:
         chosen = choose_chunk_rows(rows, vocab, cpu, 3.0)
         assert chosen >= min(rows, CHUNK_SIZES["cpu"].least // 2)  # rows are dealt evenly
         assert chosen <= CHUNK_SIZES["cpu"].most
-    # 8192 tokens on a GPU: three float32 buffers and a bfloat16 one within 2.5 GB
-    chosen = choose_chunk_rows(8192, 128256, gpu, 3.5)
+    # 8192 tokens on a GPU: three float32 buffers, a float16 one and a float16 head, dh and its float32 form, in 2.5 GB
+    head = 2 * 128256 * 4096
+    chosen = choose_chunk_rows(8192, 128256, gpu, 3.5, head)
     assert chosen >= linear_rows.DEVICE_CHUNK_SIZE.least
-    assert chosen * 128256 * 3.5 * 4 <= 2.0e9
+    assert chosen * (128256 * 3.5 * 4 + 4096 * 4) + head + 2 * 8192 * 4096 <= 2.45e9
     assert choose_chunk_rows(0, 1000, cpu, 3.0) >= 1
 
 

@@ -31,14 +31,14 @@ def test_products(dtype: torch.dtype, left_dtype: str, route: str, monkeypatch: 
     if route == "blocks":
         monkeypatch.setattr(products, "product_route", lambda *_: "blocks")
         monkeypatch.setattr(products, "BLOCK_ELEMENTS", 3000)
-    rounds = product_route(CPU, dtype) == "native_bf16" and route == "chosen"
+    in_two_terms = product_route(CPU, dtype) == "native_bf16" and route == "chosen" and left_dtype == "float32"
     for seed, (rows, depth, columns) in enumerate(SHAPES):
         for left_layout in ("plain", "transposed", "part"):
             for right_layout in ("plain", "transposed", "part"):
                 left = matrix(rows, depth, left_layout, dtype if left_dtype == "same" else torch.float32, seed)
                 right = matrix(depth, columns, right_layout, dtype, seed + 100)
-                factor = (left.to(dtype) if rounds else left).double()
-                expected, scale = factor @ right.double(), 5e-7 * depth + 1e-6
+                expected, scale = left.double() @ right.double(), 5e-7 * depth + 1e-6
+                scale += 4e-5 * depth**0.5 if in_two_terms else 0.0  # the second term has 8 bits, too
                 out = torch.full((rows + 1, columns + 2), math.nan)
                 product_(left, right, out[:rows, :columns])
                 assert float((out[:rows, :columns] - expected).abs().max()) <= scale
@@ -65,15 +65,51 @@ def test_empty_products(dtype: torch.dtype) -> None:
     product_(torch.empty(0, 4, dtype=dtype), torch.empty(4, 3, dtype=dtype), torch.empty(0, 3))
 
 
+def rms(error: Tensor) -> float:
+    return float(error.double().square().mean().sqrt())
+
+
+@needs_bf16
+@pytest.mark.parametrize("peak", [1.0, 1e-25, 1e25])
+@pytest.mark.parametrize("spread", [0.0, 1.5, 4.0])
+def test_second_terms_are_dropped_where_they_do_not_matter(spread: float, peak: float) -> None:
+    """Of lognormal gradients: the error is an eighth of rounding's at most, and less is multiplied where rows peak."""
+    gradient = torch.randn(40, 3000, generator=torch.Generator().manual_seed(0)).mul(spread).exp() * peak
+    gradient[7] = 0.0
+    gradient[5] *= 1e-6
+    levels = products.row_levels(gradient, torch.bfloat16)
+    assert levels is not None
+    below = torch.where(gradient < levels[:, None], gradient / peak, 0.0).square().sum(-1)
+    assert bool((below <= (gradient / peak).square().sum(-1) / 63).all())
+    kept = float((gradient >= levels[:, None])[8:].float().mean())
+    assert kept <= {0.0: 1.0, 1.5: 0.5, 4.0: 0.02}[spread]
+    for left, right in (
+        (gradient, matrix(3000, 50, "plain", torch.bfloat16, 1)),
+        (gradient.t(), matrix(40, 50, "plain", torch.bfloat16, 1)),
+    ):
+        exact, out = left.double() @ right.double(), torch.empty(left.shape[0], 50)
+        rounded = rms(left.bfloat16().double() @ right.double() - exact)
+        product_(left, right, out, levels=levels)
+        assert rms(out - exact) <= 0.15 * rounded + 1e-6 * rms(exact)
+        product_(left, right, out)
+        assert rms(out - exact) <= 0.01 * rounded + 1e-6 * rms(exact)
+
+
 @needs_bf16
 def test_a_row_does_not_depend_on_the_others_or_on_threads() -> None:
     left, right = matrix(100, 700, "plain", torch.bfloat16, 0), matrix(700, 500, "transposed", torch.bfloat16, 1)
-    whole = torch.empty(100, 500)
+    wide = matrix(100, 700, "plain", torch.float32, 2).mul(3.0).exp()
+    levels = products.row_levels(wide, torch.bfloat16)
+    assert levels is not None
+    whole, whole_wide = torch.empty(100, 500), torch.empty(100, 500)
     product_(left, right, whole)
+    product_(wide, right, whole_wide, levels=levels)
     for first, last in ((0, 1), (5, 23), (99, 100)):
         part = torch.empty(last - first, 500)
         product_(left[first:last], right, part)
         assert torch.equal(part, whole[first:last])
+        product_(wide[first:last], right, part, levels=levels[first:last])
+        assert torch.equal(part, whole_wide[first:last])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     alone = torch.empty(100, 500)
@@ -108,6 +144,14 @@ def test_the_op_refuses_what_does_not_fit() -> None:
     ):
         with pytest.raises(RuntimeError, match="deepalign: "):
             op(*bad, False)
+    for levels in (torch.zeros(3), torch.zeros(2, dtype=torch.float64)):
+        with pytest.raises(RuntimeError, match="deepalign: levels"):
+            op(left, right, out, False, levels)
+    with pytest.raises(RuntimeError, match="deepalign: levels"):
+        op(left.bfloat16(), right, out, False, torch.zeros(2))
+    for bad in (left.t(), left.double(), left[0]):
+        with pytest.raises(RuntimeError, match="deepalign: "):
+            torch.ops.deepalign.row_levels(bad)
 
 
 @pytest.mark.skipif(WHY_NO_NATIVE is not None, reason=str(WHY_NO_NATIVE))
@@ -116,6 +160,8 @@ def test_the_op_has_a_schema_and_a_fake_kernel() -> None:
         pytest.skip("needs AVX-512 BF16")
     arguments = (torch.randn(3, 8), torch.randn(8, 5).bfloat16(), torch.zeros(3, 5), True)
     torch.library.opcheck(torch.ops.deepalign.gemm_bf16_.default, arguments)
+    torch.library.opcheck(torch.ops.deepalign.gemm_bf16_.default, (*arguments, torch.zeros(3)))
+    torch.library.opcheck(torch.ops.deepalign.row_levels.default, (torch.randn(3, 8),))
 
 
 def test_the_route_is_named() -> None:

@@ -108,7 +108,11 @@ pair_api.IMPLEMENTATIONS["interpreted"] = pair_api.Implementation(_divergence_ro
 
 def _sample_rows(aligned: Tensor, base: Tensor, uniforms: Tensor, options: SampleOptions) -> ContrastiveSample:
     sampled = sample_triton.contrastive_sample(
-        dense_rows(aligned), dense_rows(base), uniforms.reshape(-1).contiguous(), *sample_arguments(options)
+        dense_rows(aligned),
+        dense_rows(base),
+        uniforms.reshape(-1).contiguous(),
+        *sample_arguments(options),
+        together=False,
     )
     return ContrastiveSample(*(values.view(aligned.shape[:-1]) for values in sampled))
 

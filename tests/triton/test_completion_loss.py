@@ -9,6 +9,7 @@ from torch import Tensor
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
 from deepalign.kernels.completion_loss import triton as loss_triton
+from deepalign.kernels.scale_rows import scale_rows_
 from tests.kernels.loss_helpers import check_against_oracle, check_against_wide_rows, loss_and_gradient, op_call
 from tests.kernels.samples import pairwise, three_models
 from tests.triton.interpreted import sizes
@@ -60,9 +61,7 @@ def test_options_together(case: dict[str, object]) -> None:
             model[1] = NAN  # not read
     options = {name: case[name] for name in KINDS}
     # Programs of at least a tile: a row of 2051 entries and tiles of 512 make 4.
-    with sizes(
-        "completion_loss", block=512 if dtype != torch.float32 else 1024, share=2051 // case["split"], programs=1
-    ):
+    with sizes("completion_loss", block=512, share=2051 // case["split"], programs=1):
         check_against_oracle(
             *models,
             config=config(min(case["top_k"], vocab), temperature=case["temperature"], teacher_mix=1.3, **options),
@@ -161,10 +160,10 @@ def test_given_entries_that_are_absent_do_not_count() -> None:
 
 
 def test_a_first_entry_far_below_the_others_or_above_them_starts_again_carefully() -> None:
-    student, aligned, base = three_models(4, 900)
+    student, aligned, base = three_models(4, 600)
     student[0, 0], aligned[1, 0], base[2, 0], student[3, 0] = -200.0, -150.0, -180.0, 120.0
-    with small(2, vocab=900):
-        for kind in pairwise(KINDS):
+    with small(2, vocab=600):
+        for kind in ({}, {name: values[1] for name, values in KINDS.items()}):
             check_against_wide_rows(
                 student, aligned, base, config(**kind), tolerance=2e-5, gradient_rounding=1e-5, **RUN
             )
@@ -212,7 +211,7 @@ def test_orders_that_defeat_bounds(name: str, top_k: int) -> None:
 @pytest.mark.parametrize("vocab", [1, 7, 33, 1100])
 def test_selections_of_every_size(vocab: int) -> None:
     models = three_models(1, vocab, peaked=False)
-    for top_k in {1, max(1, vocab // 2), vocab}:
+    for top_k in {1, max(1, vocab // 2), vocab} if vocab < 1000 else {vocab // 2, vocab}:
         for penalty, inplace in (("square", False), ("centered_square", True)):
             options = config(top_k, penalty=penalty)
             check_against_wide_rows(*models, options, tolerance=4e-6, inplace=inplace, gradient_rounding=1e-7, **RUN)
@@ -257,10 +256,15 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-def test_layouts(layout: tuple, dtype: torch.dtype) -> None:
-    *places, vocab, align = layout
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [(name, torch.bfloat16) for name in LAYOUTS]
+    + [("16 bytes", torch.float16), ("alike, from the third entry on", torch.float16)]
+    + [("odd rows", torch.float32), ("of different starts", torch.float32)],
+    ids=str,
+)
+def test_layouts(layout: str, dtype: torch.dtype) -> None:
+    *places, vocab, align = LAYOUTS[layout]
     models = three_models(3, vocab, dtype=dtype)
     moved = [shifted(model, *place) for model, place in zip(models, places, strict=True)]
     assert loss_triton.alignment(moved, vocab)[0] == align
@@ -292,7 +296,7 @@ def test_in_place_writes_the_logits_and_nothing_beside_them(place: tuple[int, in
 def test_forward_only_says_the_same() -> None:
     models = three_models(1, 1500, dtype=torch.bfloat16)
     with small(2, vocab=1500):
-        for kind in pairwise(KINDS):
+        for kind in ({}, {name: values[1] for name, values in KINDS.items()}):
             with_gradient, _ = loss_and_gradient(*models, config=config(**kind), **RUN)
             alone = fused_completion_loss(*models, config=config(**kind), **RUN)
             for left, right in zip(alone, with_gradient, strict=True):
@@ -339,13 +343,13 @@ def test_results_do_not_depend_on_what_else_is_in_the_batch() -> None:
         assert torch.equal(left[1:2], right)
 
 
-def test_rows_are_scaled_by_their_upstream_gradient_in_place() -> None:
+def test_rows_are_scaled_in_place_by_factors_that_are_not_1() -> None:
     gradient = three_models(3, 3000, dtype=torch.bfloat16)[0]
     upstream = torch.tensor([1.0, 2.5, NAN])
     expected = torch.mul(gradient, upstream[:, None], out=torch.empty_like(gradient))
-    scaled = loss_triton.scale_rows_(gradient, upstream)
+    scaled = scale_rows_(gradient, upstream)
     assert scaled.data_ptr() == gradient.data_ptr()
     # the interpreter rounds to bf16 in its own way
     torch.testing.assert_close(scaled, expected, rtol=8e-3, atol=0, equal_nan=True)
     assert torch.equal(scaled[0], expected[0])
-    assert torch.equal(loss_triton.scale_rows_(expected[:2], torch.ones(()).expand(2)), expected[:2])
+    assert torch.equal(scale_rows_(expected[:2], torch.ones(()).expand(2)), expected[:2])

@@ -7,6 +7,7 @@ import torch
 
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.contrastive_sample import contrastive_sample
+from deepalign.kernels.contrastive_sample import triton as sample_triton
 from tests.kernels import test_contrastive_sample as rows
 from tests.kernels.sampler_oracle import BELOW_ONE, check_sample, random_uniforms, two_models
 from tests.kernels.samples import pairwise
@@ -30,7 +31,7 @@ CASES = pairwise(
 
 @pytest.fixture(autouse=True)
 def _small_tiles():
-    with sizes("contrastive_sample", block=64):  # 61 entries in one tile, in two of fp32
+    with sizes("contrastive_sample", block=64, programs=1):  # 61 entries in one tile
         yield
 
 
@@ -91,12 +92,67 @@ def test_filters_together(case: dict[str, object]) -> None:
     check_sample(*two_models(1, 61, dtype=dtype), random_uniforms(1), **options, **RUN)
 
 
-@pytest.mark.parametrize("chosen", [{}, {"top_k": 40, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.01}], ids=str)
-def test_many_tiles(chosen: dict[str, float]) -> None:
-    with sizes("contrastive_sample", block=1024):
-        for dtype in (torch.bfloat16,):
-            models = two_models(1, 2001, dtype=dtype)
-            check_sample(*models, random_uniforms(1), alpha=0.5, **chosen, **RUN)
+# A row flatter than that is kept from filters by sweeps over it: what they leave is more than the parts list.
+FILTERS = (
+    ({}, 1.0), ({"top_k": 40, "top_p": 0.9}, 1.0), ({"top_p": 0.6}, 3.0), ({"top_p": 0.6}, 0.1),
+    ({"top_p": 0.5, "min_p": 0.05}, 3.0), ({"min_p": 0.1}, 3.0), ({"min_p": 0.1}, 0.1), ({"temperature": 0.0}, 1.0),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("programs", [1, 128])
+@pytest.mark.parametrize(("chosen", "spread"), FILTERS, ids=str)
+def test_many_tiles_and_parts(chosen: dict[str, float], spread: float, programs: int) -> None:
+    aligned, base = (model * spread for model in two_models(1, 1100, dtype=torch.bfloat16))
+    with sizes("contrastive_sample", block=128, programs=programs):
+        launch = sample_triton.launch_of("contrastive_sample", aligned.device)
+        assert sample_triton.parts_of_rows(launch, 1, 1100, 0)[0] == min(programs, 8)
+        check_sample(aligned, base, random_uniforms(1), alpha=0.5, **chosen, **RUN)
+
+
+def test_parts_that_are_empty_or_bad_or_hold_it_all() -> None:
+    """1100 entries in parts of 384: the largest in one part, all ties, absent parts, a bad entry in the last."""
+    aligned, base = two_models(5, 1100, dtype=torch.float32)
+    aligned[0, 300:310] += 40.0
+    aligned[1] = base[1] = 2.5
+    aligned[2, :1000] = base[2, :1000] = -math.inf
+    aligned[3, 1099] = math.nan
+    aligned[4, 0] = base[4, 0] = -300.0  # whose sums start again from maxima
+    with sizes("contrastive_sample", block=128, programs=20):
+        for chosen in ({}, {"top_k": 20}, {"temperature": 0.0}):
+            result = check_sample(aligned, base, random_uniforms(5), alpha=0.5, **chosen, **RUN)
+            assert (result.token_ids < 0).tolist() == [False, False, False, True, False]
+
+
+def test_more_selected_entries_leave_fewer_parts() -> None:
+    launch = sample_triton.launch_of("contrastive_sample", torch.device("cpu"))._replace(block=2048, programs=128)
+    assert sample_triton.parts_of_rows(launch, 1, 128256, 50) == (16, 64, 50)
+    assert sample_triton.parts_of_rows(launch, 1, 128256, 1024) == (4, 1024, 1024)
+    assert sample_triton.parts_of_rows(launch, 1, 128256, 0) == (16, 256, 128)
+    assert sample_triton.parts_of_rows(launch, 512, 128256, 0)[0] == 1
+
+
+def test_one_launch_gives_the_same_as_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program that waits for others cannot be interpreted alone; here it finds what they published before."""
+    aligned, base = two_models(2, 1100, dtype=torch.bfloat16)
+    words: list[torch.Tensor] = []
+
+    def kept(entries: int, device: torch.device) -> torch.Tensor:
+        words.append(torch.zeros(entries, dtype=torch.int64))
+        return words[-1]
+
+    def again(entries: int, device: torch.device) -> torch.Tensor:
+        words[0][-3:] = 0  # two rows' counts of parts, and the next program's number
+        return words[0]
+
+    arguments = (aligned, base, random_uniforms(2), 0.5, 1.0, 20, 0.9, 0.0, False, 1100)
+    with sizes("contrastive_sample", block=128, programs=4):
+        monkeypatch.setattr(sample_triton, "new_words", kept)
+        apart = sample_triton.contrastive_sample(*arguments, together=False)
+        monkeypatch.setattr(sample_triton, "new_words", again)
+        together = sample_triton.contrastive_sample(*arguments)
+    assert words[0][-3:].tolist() == [2, 2, 4]
+    for left, right in zip(together, apart, strict=True):
+        assert torch.equal(left, right)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (1, 1)], ids=str)

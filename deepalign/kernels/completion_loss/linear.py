@@ -99,8 +99,10 @@ def fused_linear_completion_loss(
     if recompute or (dlm_head and not reduce):
         dhidden = dlm_head = False
     if chunk_rows is None:
-        buffers = 3.0 + (logit_softcap is not None) + (0.5 if student.device.type != "cpu" else 0.0)
-        chunk_rows = choose_chunk_rows(rows.numel(), vocab_size, student.device, buffers)
+        on_gpu = student.device.type != "cpu"
+        buffers = 3.0 + (logit_softcap is not None) + (0.5 if on_gpu else 0.0)
+        head_bytes = 2 * student_head.numel() if on_gpu and dhidden and student_head.dtype == torch.bfloat16 else 0
+        chunk_rows = choose_chunk_rows(rows.numel(), vocab_size, student.device, buffers, head_bytes)
     output = torch.ops.deepalign.linear_completion_loss(
         student.reshape(-1, student.shape[-1]),
         student_head,

@@ -8,6 +8,7 @@ For every chunk of R rows, with scratch that the chunks share:
     dh = G W in float32, cast once                                                          1 product
     dW += G^T h, float32 over all chunks, cast once at the end                              1 product, if W is trained
 
+G is not rounded to half precision before the last two: `products.py` and `half_products.py` say how that is avoided.
 A row whose two weights are 0 is dropped before the products; its gradient is 0.
 
 `deepalign::linear_completion_loss` does all of it in the forward, for upstream gradient 1: dh and dW are linear in one
@@ -22,12 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import can_read_values, compute_dtype
+from deepalign.kernels.checks import compute_dtype, is_one
 from deepalign.kernels.completion_loss.api import IMPLEMENTATIONS, Implementation
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
+from deepalign.kernels.half_products import HalfProducts
 from deepalign.kernels.library import LIBRARY, autograd_inside_an_op
 from deepalign.kernels.linear_rows import Head, logits_
-from deepalign.kernels.products import product_
+from deepalign.kernels.products import product_, product_route, row_levels
 
 _MODELS = (
     "Tensor student_hidden, Tensor student_lm_head, Tensor aligned_hidden, Tensor aligned_lm_head, "
@@ -121,24 +123,45 @@ class _Gradients:
     def __init__(self, problem: Problem, dtype: torch.dtype, dhidden: bool, dlm_head: bool) -> None:
         hidden, lm_head = problem.student_hidden, problem.student_lm_head
         self.dhidden_NH = torch.zeros_like(hidden) if dhidden else hidden.new_empty(0, hidden.shape[1])
-        self.sum_VH = lm_head.new_zeros(lm_head.shape, dtype=dtype) if dlm_head else None
-        self.dtype = dtype
+        self.sum_VH = lm_head.new_empty(lm_head.shape, dtype=dtype) if dlm_head else None
+        self.is_empty = True  # the first chunk overwrites: to fill a head's gradient with zeros takes a CPU 1/4 second
+        self.dtype, self.wants_dhidden, self.vocab_size = dtype, dhidden, problem.vocab_size
+        self.half = None
+        if product_route(lm_head.device, lm_head.dtype) == "out_dtype":
+            existing = slice(problem.vocab_size)
+            sum_VH = None if self.sum_VH is None else self.sum_VH[existing].zero_()
+            self.half = HalfProducts(lm_head[existing], sum_VH, dhidden)
 
     def add(self, dlogits_RV: Tensor, student: Head, rows: Tensor | slice) -> None:
-        if dlogits_RV.device.type != "cpu":
-            dlogits_RV = dlogits_RV.to(student.lm_head_VH.dtype)  # once for both products
-        if self.dhidden_NH.numel():
-            dhidden_RH = torch.empty(student.hidden_NH.shape, dtype=self.dtype, device=dlogits_RV.device)
-            product_(dlogits_RV, student.lm_head_VH, dhidden_RH)
+        if self.half is not None:
+            dhidden_RH = self.half.add(dlogits_RV, student.hidden_NH, self.wants_dhidden)
+        else:
+            dhidden_RH = self._add_float32(dlogits_RV, student)
+        if dhidden_RH is not None:
             self.dhidden_NH[rows] = dhidden_RH.to(self.dhidden_NH.dtype)
+
+    def _add_float32(self, dlogits_RV: Tensor, student: Head) -> Tensor | None:
+        levels = row_levels(dlogits_RV, student.lm_head_VH.dtype)
+        dhidden_RH = None
+        if self.wants_dhidden:
+            dhidden_RH = torch.empty(student.hidden_NH.shape, dtype=self.dtype, device=dlogits_RV.device)
+            product_(dlogits_RV, student.lm_head_VH, dhidden_RH, levels=levels)
         if self.sum_VH is not None:
             sum_VH = self.sum_VH[: dlogits_RV.shape[1]]
-            product_(dlogits_RV.t(), student.hidden_NH, sum_VH, accumulate=True)
+            product_(dlogits_RV.t(), student.hidden_NH, sum_VH, accumulate=not self.is_empty, levels=levels)
+            self.is_empty = False
+        return dhidden_RH
 
     def result(self, lm_head_VH: Tensor) -> tuple[Tensor, Tensor]:
         if self.sum_VH is None:
             return self.dhidden_NH, lm_head_VH.new_empty(0, lm_head_VH.shape[1])
-        return self.dhidden_NH, self.sum_VH.to(lm_head_VH.dtype)
+        if self.half is None:
+            self.sum_VH[0 if self.is_empty else self.vocab_size :] = 0.0
+            return self.dhidden_NH, self.sum_VH.to(lm_head_VH.dtype)
+        dlm_head_VH = torch.empty_like(lm_head_VH)
+        dlm_head_VH[self.vocab_size :] = 0.0
+        self.half.write_head_gradient(dlm_head_VH[: self.vocab_size])
+        return self.dhidden_NH, dlm_head_VH
 
 
 def _empty_statistics(problem: Problem) -> CompletionLossOutput:
@@ -292,7 +315,7 @@ def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor) -> tuple[Tenso
 
 def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
     """The gradient times the upstream one, per row or the only one; the saved tensor itself is never written to."""
-    if can_read_values(upstream) and bool((upstream == 1).all()):
+    if is_one(upstream):
         # Autograd may adopt what it is given as a leaf's .grad and add to it in place: a graph that will run again
         # needs its own. Only this private call tells.
         return gradient.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else gradient

@@ -5,16 +5,15 @@ cache; the backward only hands it on. `deepalign::completion_loss_` is the same 
 to where the caller says, which may be the student's own logits.
 """
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepalign.kernels.checks import can_read_values
+from deepalign.kernels.checks import is_one
 from deepalign.kernels.completion_loss.config import CompletionLossInputs
-from deepalign.kernels.library import LIBRARY, WHY_NO_TRITON, implement_on_gpu
+from deepalign.kernels.library import LIBRARY, implement_on_gpu
 
 _INPUTS = (
     "Tensor aligned, Tensor base, Tensor kl_weight, Tensor completion_weight, Tensor? top_k_indices, int top_k, "
@@ -81,21 +80,10 @@ def _backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor 
 
 
 def _scaled(gradient_NV: Tensor, upstream_N: Tensor) -> Tensor:
-    """The gradient times each row's upstream gradient; itself where that is 1, which only a CPU may look at.
-
-    On a GPU nobody can know without a wait whether a copy is needed. A graph that ends here has no other use for the
-    gradient, so a kernel looks at the upstream gradient, and scales in place the rows for which it is not 1.
-    """
-    if can_read_values(upstream_N) and all(value == 1.0 for value in upstream_N.tolist()):
+    """The gradient times each row's upstream gradient: itself where that is 1, else a copy. What is saved stays."""
+    if is_one(upstream_N):
         return gradient_NV
-    if gradient_NV.is_cuda and WHY_NO_TRITON is None and not torch.compiler.is_compiling() and _graph_ends():
-        return import_module("deepalign.kernels.completion_loss.triton").scale_rows_(gradient_NV, upstream_N)
     return torch.mul(gradient_NV, upstream_N.unsqueeze(-1), out=torch.empty_like(gradient_NV))
-
-
-def _graph_ends() -> bool:
-    """Whether the graph whose backward runs will not run again; only this private call tells."""
-    return not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 torch.library.register_autograd("deepalign::completion_loss", _backward, setup_context=_setup_context, lib=LIBRARY)

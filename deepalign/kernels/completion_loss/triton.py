@@ -25,12 +25,19 @@ from torch import Tensor
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.completion_loss.triton_rows import rows_kernel
-from deepalign.kernels.completion_loss.triton_select import scale_kernel, select_kernel
+from deepalign.kernels.completion_loss.triton_select import select_kernel
 from deepalign.kernels.eager_math import top_k_lowest_index
-from deepalign.kernels.launch import Launch, launch_of, split_of_rows
+from deepalign.kernels.launch import (
+    ALL_REGISTERS,
+    SHARED_REGISTERS,
+    Launch,
+    at_most_registers,
+    launch_of,
+    split_of_rows,
+)
 
 MOST_SELECTED = 1024  # in the kernels; more are selected by torch's own sort before
-TILE_LIMIT = 8192  # entries that `collect` looks into at once
+TILE_LIMIT = 4096  # entries that `collect` looks into at once: twice as many do not stay in registers
 
 
 class Options(NamedTuple):
@@ -94,15 +101,6 @@ def completion_loss_(
     )[:-1]
 
 
-def scale_rows_(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """Scale the rows (N, V) whose upstream gradient (N,) is not 1, in place."""
-    if gradient.numel():
-        scale_kernel[(gradient.shape[0],)](
-            gradient, upstream, gradient.stride(0), upstream.stride(0), gradient.shape[1], BLOCK=2048, num_warps=8
-        )
-    return gradient
-
-
 def run_rows(
     student: Tensor,
     aligned: Tensor,
@@ -150,7 +148,7 @@ def run_rows(
     index, value = new(programs, plan.capacity, dtype=torch.int32), new(programs, plan.capacity)
     found, counts = new(programs, dtype=torch.int32), new(programs, dtype=torch.int32)
     scale = 1.4426950408889634 / options.temperature
-    views = [_from_16_bytes(tensor, plan) for tensor in tensors]
+    views = [from_16_bytes(tensor, plan.lead) for tensor in tensors]
     g, stride_g = (student, 0) if gradient is None else (gradient, gradient.stride(0))
     mix = 1.0 - options.teacher_mix
     flags = {
@@ -166,6 +164,7 @@ def run_rows(
             stride_g, plan.lead, options.vocab_size, width, plan.bound_k, k, mix, scale, options.temperature,
             FIRST=first, SECOND=second, BLOCK=plan.block, TILES=plan.tiles, LANES=plan.lanes, ALIGN=plan.align,
             GRADIENT=with_gradient, num_warps=plan.warps, **flags,
+            **at_most_registers(SHARED_REGISTERS if second else ALL_REGISTERS),
         )  # fmt: skip
 
     def select(statistics: bool, fix: bool) -> None:
@@ -173,7 +172,7 @@ def run_rows(
             aligned, base, g, kl_weight, completion_weight, given, listed, words, index, value, found, counts,
             per_row[4], *output, aligned.stride(0), base.stride(0), stride_g, options.vocab_size, k, mix, scale,
             options.temperature, options.alpha_base, options.gamma, options.lambda_reg, STATISTICS=statistics, FIX=fix,
-            DISTINCT=distinct, num_warps=1, **flags,
+            DISTINCT=distinct, num_warps=1, **flags, **at_most_registers(ALL_REGISTERS),
         )  # fmt: skip
 
     emits = gradient is not None
@@ -233,7 +232,7 @@ def _plan(
 ) -> Plan:
     rows = tensors[0].shape[0]
     align, lead = alignment(tensors, vocab)
-    block = launch.block * 2 // tensors[0].element_size()
+    block = launch.block
     split = split_of_rows(launch, rows, vocab, block)
     # The second-level caches of an AMD device's dies do not see each other's plain stores within a launch.
     together = together and not options.centered_square and torch.version.hip is None
@@ -262,9 +261,9 @@ def alignment(tensors: list[Tensor], vocab: int) -> tuple[int, int]:
     return 2, lead
 
 
-def _from_16_bytes(tensor: Tensor, plan: Plan) -> Tensor:
+def from_16_bytes(tensor: Tensor, lead: int) -> Tensor:
     """A view that begins where the first entry's 16 bytes do."""
-    return tensor.as_strided((1,), (1,), tensor.storage_offset() - plan.lead) if plan.lead else tensor
+    return tensor.as_strided((1,), (1,), tensor.storage_offset() - lead) if lead else tensor
 
 
 def _select_before(student: Tensor, aligned: Tensor, base: Tensor, options: Options) -> Tensor:

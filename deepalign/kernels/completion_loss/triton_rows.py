@@ -349,8 +349,8 @@ def rows_kernel(
                 if SECOND:
                     bound = tl.min(read_words(words_ptr, BOUND, S))
                 found = collect(
-                    r_row, b_row, s_row, index_ptr, value_ptr, largest, bound, K, part, tiles, vocab, shift,
-                    0.0, 0.0, DIFFERENCE, S, BLOCK, TILES, LANES, CAPACITY,
+                    r_row, b_row, s_row, index_ptr, index_ptr, value_ptr, largest, bound, K, part, tiles, vocab, shift,
+                    0.0, 0.0, DIFFERENCE, S, BLOCK, TILES, LANES, CAPACITY, LANES,
                 )  # fmt: skip
                 tl.store(found_ptr + ticket, found)
         if SECOND:

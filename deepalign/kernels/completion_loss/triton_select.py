@@ -179,16 +179,3 @@ def select_kernel(
                 tl.store(kl_ptr + row, kl)
                 tl.store(completion_ptr + row, completion)
                 tl.store(alpha_ptr + row, alpha)
-
-
-@triton.jit
-def scale_kernel(g_ptr, upstream_ptr, stride_g, stride_u, width, BLOCK: tl.constexpr):
-    """Multiply a row by its upstream gradient, which is looked at first: 1 costs nothing."""
-    row = tl.program_id(0).to(tl.int64)
-    upstream = tl.load(upstream_ptr + row * stride_u).to(tl.float32)
-    if upstream != 1.0:
-        g_ptr += row * stride_g
-        for first in range(0, width, BLOCK):
-            at = first + tl.arange(0, BLOCK)
-            g = tl.load(g_ptr + at, mask=at < width, other=0.0).to(tl.float32) * upstream
-            tl.store(g_ptr + at, g.to(g_ptr.dtype.element_ty), mask=at < width)

@@ -1,0 +1,68 @@
+"""Every Triton kernel once, with its main options: what compute-sanitizer and ncu look at.
+
+`python -m benchmarks.gpu_once --rows 5 --vocab 4099`; `--device cpu` runs the reference instead, a test of the script.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+import torch
+
+from deepalign import (
+    CompletionLossConfig,
+    base_favored_tokens,
+    contrastive_sample,
+    fused_completion_loss,
+    position_divergence,
+)
+
+SAMPLES = ({"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.0})
+
+
+def calls(rows: int, vocab: int, device: str) -> dict[str, Callable[[], object]]:
+    """By name: each launches kernels of its own."""
+    implementation = "triton" if device == "cuda" else "reference"
+    models = [torch.randn(rows, vocab, device=device).mul(4).bfloat16() for _ in range(3)]
+    pair = models[1:]
+    found: dict[str, Callable[[], object]] = {}
+    for kind in ({}, {"penalty": "centered_square"}, {"kl_direction": "teacher_student", "favored_from": "student"}):
+        config = CompletionLossConfig(top_k=min(100, vocab), **kind)
+
+        def loss(config: CompletionLossConfig = config, inplace: bool = False) -> None:
+            leaf = models[0].clone().requires_grad_()
+            options = {"config": config, "inplace": inplace, "implementation": implementation, "reduction": "sum"}
+            fused_completion_loss(leaf * 1, *pair, **options).loss.backward()
+
+        found[f"loss {kind}"] = loss
+        found[f"loss in place {kind}"] = lambda loss=loss: loss(inplace=True)
+    found["forward"] = lambda: fused_completion_loss(models[0], *pair, implementation=implementation)
+    found["base_favored_tokens"] = lambda: base_favored_tokens(*pair, implementation=implementation)
+    found["position_divergence"] = lambda: position_divergence(*pair, implementation=implementation)
+    for chosen in SAMPLES:
+        found[f"sample {chosen}"] = lambda chosen=chosen: contrastive_sample(
+            *pair, alpha=0.5, implementation=implementation, **chosen
+        )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run all; 2 where there is no GPU."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rows", type=int, default=5)
+    parser.add_argument("--vocab", type=int, default=4099)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("error: no GPU here; --device cpu tests the script", file=sys.stderr)
+        return 2
+    for name, call in calls(options.rows, options.vocab, options.device).items():
+        call()
+        if options.device == "cuda":
+            torch.cuda.synchronize()
+        print(name)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -6,7 +6,7 @@ be a prefix of the ids of the whole conversation, which is checked.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,18 +31,21 @@ class EncodedExample:
         return len(self.input_ids) - self.response_start
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], **template_options: Any
+) -> list[int]:
     """Ids of a prompt with the generation prompt: what an answer's ids are appended to.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         prompt: the user's text, or the messages so far.
+        template_options: variables of the chat template, such as Qwen3's `enable_thinking`.
 
     Raises:
         ValueError: the tokenizer has no chat template.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return _apply_template(tokenizer, messages, add_generation_prompt=True)
+    return _apply_template(tokenizer, messages, add_generation_prompt=True, **template_options)
 
 
 def encode_example(
@@ -78,7 +81,11 @@ def encode_example(
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    *,
+    add_generation_prompt: bool,
+    **template_options: Any,
 ) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -86,7 +93,11 @@ def _apply_template(
             "tokenizer.chat_template"
         )
     ids = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        messages,
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=False,
+        **template_options,
     )
     return list(cast(list[int], ids))
 

@@ -230,7 +230,7 @@ def _ids(tokenizer: PreTrainedTokenizerBase, question: Question, thinking: bool 
     if thinking is None:
         return prompt_token_ids(tokenizer, question.example.prompt) + list(question.forced_ids)
     either, other = (
-        prompt_token_ids(tokenizer, question.example.prompt, enable_thinking=switch)
+        prompt_token_ids(tokenizer, question.example.prompt, {"enable_thinking": switch})
         for switch in (thinking, not thinking)
     )
     if either == other:

@@ -1,4 +1,4 @@
-"""The command line: `deepalign demo|sample`."""
+"""The command line: `deepalign demo|sample|evaluate`."""
 
 import argparse
 import sys
@@ -18,9 +18,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands.add_parser(
         "sample", help="contrastive decoding: talk to a model, or answer a file of prompts", add_help=False
     )
+    commands.add_parser("evaluate", help="attacks, judges, utility, and the paper's tables", add_help=False)
     options, rest = parser.parse_known_args(arguments)
     try:
-        return _sample(rest) if options.command == "sample" else _demo(parser.parse_args(arguments))
+        if options.command in ("sample", "evaluate"):
+            return _sample(rest) if options.command == "sample" else _evaluate(rest)
+        return _demo(parser.parse_args(arguments))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -44,6 +47,14 @@ def _sample(arguments: Sequence[str]) -> int:
     from deepalign.sampling.cli import add_arguments, run  # imports torch and transformers, which takes seconds
 
     parser = argparse.ArgumentParser(prog="deepalign sample", description="contrastive decoding (Eq. 7)")
+    add_arguments(parser)
+    return run(parser.parse_args(arguments))
+
+
+def _evaluate(arguments: Sequence[str]) -> int:
+    from deepalign.evaluate.cli import add_arguments, run
+
+    parser = argparse.ArgumentParser(prog="deepalign evaluate", description="attacks, judges, utility, whole tables")
     add_arguments(parser)
     return run(parser.parse_args(arguments))
 

@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -54,7 +55,7 @@ def curve_styles(labels: Mapping[str, str]) -> dict[str, CurveStyle]:
 
 def plot_attack_success(
     path: str | os.PathLike[str],
-    counts: Mapping[str, Mapping[int, tuple[int, int]]],
+    counts: Mapping[str, Mapping[Any, tuple[int, int]]],
     styles: Mapping[str, CurveStyle],
     *,
     title: str,
@@ -65,11 +66,13 @@ def plot_attack_success(
 
     Args:
         path: the PNG to write.
-        counts: model -> depth -> (harmful answers k, attacks n).
+        counts: model -> depth, a number or a word such as "all" -> (harmful answers k, attacks n). Numbers come first,
+            in order.
         styles: at least one for each model.
         title: heading of the plot.
     """
-    depths = sorted({depth for by_depth in counts.values() for depth in by_depth})
+    found = dict.fromkeys(depth for by_depth in counts.values() for depth in by_depth)
+    depths = [*sorted(d for d in found if not isinstance(d, str)), *(d for d in found if isinstance(d, str))]
     figure, axes = _new_figure(title)
     ends = {}
     for index, (model, by_depth) in enumerate(counts.items()):

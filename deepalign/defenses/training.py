@@ -13,9 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch.nn import functional
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.trainer import TRAINER_STATE_NAME
 
 from deepalign.data.chat import EncodedExample, encode_example
@@ -119,6 +127,15 @@ class AnswerTrainer(Trainer):
         return (mixed_R * loss_R).sum()
 
 
+class LossBar(ProgressCallback):
+    """The Trainer's bar, with the loss at its end instead of a line per step."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        """Show the last loss."""
+        if state.is_world_process_zero and self.training_bar is not None and logs and "loss" in logs:
+            self.training_bar.set_postfix(loss=f"{float(logs['loss']):.3f}")
+
+
 def answer_token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """(R,) fp32 cross entropy of the tokens after the batch's R rows."""
     input_ids_BT, row_index_R = batch["input_ids"], batch["row_index"]
@@ -128,7 +145,7 @@ def answer_token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 
 def train_on_answers(
-    model: torch.nn.Module,
+    model: PreTrainedModel | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     examples: Sequence[EncodedExample],
     settings: SftSettings,
@@ -172,6 +189,9 @@ def train_on_answers(
         seed=settings.seed,
         gradient_accumulation_steps=settings.gradient_accumulation_steps,
     )
+    on_gpu = torch.cuda.is_available()
+    if settings.gradient_checkpointing or (settings.gradient_checkpointing is None and on_gpu):
+        model.gradient_checkpointing_enable({"use_reentrant": False})
     trainer = trainer_class(
         model=model,
         args=_training_arguments(settings, dataset, work_dir, progress),
@@ -179,6 +199,9 @@ def train_on_answers(
         anchor_mix=anchor_mix,
         **trainer_options,
     )
+    trainer.remove_callback(ProgressCallback if progress else PrinterCallback)  # either prints a line per step
+    if progress:
+        trainer.add_callback(LossBar())
     # The Trainer writes its state last: a checkpoint without it was cut off.
     whole = [folder for folder in checkpoints(work_dir) if (folder / TRAINER_STATE_NAME).is_file()]
     trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
@@ -191,7 +214,6 @@ def _training_arguments(
     settings: SftSettings, dataset: StepDataset, work_dir: Path, progress: bool
 ) -> TrainingArguments:
     on_gpu = torch.cuda.is_available()
-    checkpointing = on_gpu if settings.gradient_checkpointing is None else settings.gradient_checkpointing
     return TrainingArguments(
         output_dir=str(work_dir),
         max_steps=dataset.max_steps,
@@ -205,8 +227,6 @@ def _training_arguments(
         optim="adamw_torch",
         seed=settings.seed,
         bf16=on_gpu if settings.bf16 is None else settings.bf16,
-        gradient_checkpointing=checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
         save_strategy="steps",

@@ -7,6 +7,7 @@ from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.prefill_run import run_prefill
 from deepalign.evaluate.requests import load_examples
 from deepalign.evaluate.subjects import DTYPES, Subject
+from deepalign.evaluate.utility import TASKS, UtilitySettings, run_utility
 
 JUDGES = (
     "keyword:qi2024, keyword:gcg, keyword:jailbreakbench, keyword:FILE.txt, judgezoo:NAME, microworld:SEED, module:name"
@@ -21,6 +22,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_attack(prefill)
     prefill.add_argument("--depths", default="0,4,all", help="tokens forced; 0: no attack, all: the whole target")
     prefill.set_defaults(run=_prefill)
+    utility = commands.add_parser("utility", help="what the model is still good for, by lm-eval")
+    _add_subject(utility)
+    utility.add_argument(
+        "--tasks", default=",".join(TASKS), help=f"lm-eval's names, or {', '.join(TASKS)} (default all)"
+    )
+    utility.add_argument("--include-path", help="folder of local tasks (YAML)")
+    utility.add_argument("--limit", type=int, help="questions per task; for trials only")
+    utility.add_argument("--num-fewshot", type=int, help="examples in the prompt (default: each task's own number)")
+    utility.add_argument("--batch-size", type=int, default=8, help="rows read together (default 8)")
+    utility.add_argument("--chat-template", action="store_true", help="put questions into the chat template")
+    utility.set_defaults(run=_utility)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -99,6 +111,18 @@ def _prefill(options: argparse.Namespace) -> int:
         progress=not options.no_progress,
     )
     return _show(report)
+
+
+def _utility(options: argparse.Namespace) -> int:
+    settings = UtilitySettings(
+        tasks=tuple(options.tasks.split(",")),
+        include_path=options.include_path,
+        limit=options.limit,
+        num_fewshot=options.num_fewshot,
+        batch_size=options.batch_size,
+        chat_template=options.chat_template,
+    )
+    return _show(run_utility(_subject(options), settings, options.out))
 
 
 def _show(report: Any) -> int:

@@ -1,20 +1,21 @@
 """What the tables of a suite are made of, each measured once per seed, subject and setting, and kept.
 
 A measurement has a folder named by a digest of everything that decides it. It holds answers and verdicts, which an
-interrupted suite goes on with, and when it is done `result.json`, which is read instead of measuring again. Tables share
-measurements: the prefill attack of Table 3's baseline is that of Table 2's.
+interrupted suite goes on with, and when it is done `result.json`, which is read instead of measuring again. Tables
+share measurements: the prefill attack of Table 3's baseline is that of Table 2's.
 """
 
 import hashlib
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from deepalign import __version__
 from deepalign.data.files import write_text_atomic
+from deepalign.data.resumable import model_fingerprint
 from deepalign.defenses.lora import AdapterMethod, PlainLora
 from deepalign.defenses.safe_lora import SafeLora
 from deepalign.defenses.salora import SaLora
@@ -23,7 +24,7 @@ from deepalign.evaluate.families import Family
 from deepalign.evaluate.finetune import finetune, split_rows
 from deepalign.evaluate.gcg_attack import gcg_attack
 from deepalign.evaluate.judges import make_judge
-from deepalign.evaluate.outcomes import SCOPES, Judge
+from deepalign.evaluate.outcomes import SCOPES
 from deepalign.evaluate.prefill import WHOLE_TARGET, count_outcomes
 from deepalign.evaluate.prefill_run import agreement, attacked, file_name
 from deepalign.evaluate.reasoning import cross_tabulate, make_reasoning_judge, write_records
@@ -33,6 +34,7 @@ from deepalign.evaluate.suite_config import SuiteConfig
 
 Depth = int | None
 Result = dict[str, Any]
+Work = Callable[[LoadedSubject, Path], Result]
 
 
 @dataclass(frozen=True)
@@ -91,24 +93,13 @@ class SeedRun:
         else:
             adapters = PlainLora(adaptation.lora)
         settings = adaptation.training
-        settings = type(settings)(
-            sft=type(settings.sft)(**asdict(settings.sft) | {"seed": self.seed}),
-            eval_share=settings.eval_share,
-            eval_batch_size=settings.eval_batch_size,
-        )
-        name = (
-            f"{file_name(family.name)}-{method}-{digest(asdict(settings), adapters.identity(), model, family.benign)}"
-        )
+        settings = replace(settings, sft=replace(settings.sft, seed=self.seed))
+        identity = digest(settings, adapters.identity(), model_fingerprint(model), family.benign)
+        name, models = f"{file_name(family.name)}-{method}-{identity}", self.folder / "models"
         self._say(f"{family.name}: fine-tuning, {method}")
-        adapter = finetune(
-            model,
-            family.benign,
-            self.folder / "models" / f"{name}-adapter",
-            settings,
-            method=adapters,
-            progress=self.progress,
-        ).adapter
-        return str(save_merged(model, adapter, self.folder / "models" / name, progress=False))
+        adapter = models / f"{name}-adapter"
+        finetune(model, family.benign, adapter, settings, method=adapters, progress=self.progress)
+        return str(save_merged(model, adapter, models / name, progress=False))
 
     def recovered(self, family: Family, degraded: str, reference: Reference, control: Control) -> str:
         """A degraded model after completion training: a folder, made once."""
@@ -184,10 +175,7 @@ class SeedRun:
         examples = family.examples[: settings.requests]
         judge = make_judge(family.judges[0])
         if not callable(judge):
-            raise ValueError(
-                f"GCG judges while it searches and needs a judge of single answers; {family.judges[0]} is not"
-            )
-        single: Judge = judge
+            raise ValueError(f"GCG judges single answers while it searches, which {family.judges[0]} does not")
 
         def work(loaded: LoadedSubject, folder: Path) -> Result:
             folder.mkdir(parents=True, exist_ok=True)
@@ -195,7 +183,7 @@ class SeedRun:
                 loaded.model,
                 loaded.tokenizer,
                 examples,
-                judge=single,
+                judge=judge,
                 settings=settings.search,
                 seeds=settings.seeds,
                 contrast=loaded.contrast,
@@ -231,9 +219,7 @@ class SeedRun:
         scores: list[dict[str, Any]] = self.measured("utility", subject, utility.fingerprint(), work)["scores"]
         return scores
 
-    def measured(
-        self, kind: str, subject: Subject, settings: Any, work: Callable[[LoadedSubject, Path], Result]
-    ) -> Result:
+    def measured(self, kind: str, subject: Subject, settings: Any, work: Work) -> Result:
         """The result of a measurement: from its folder, or by `work`, which may find half of it there."""
         identity = digest(kind, subject.fingerprint(), settings, __version__)
         folder = self.folder / "measurements" / file_name(subject.name) / f"{kind}-{identity}"

@@ -101,10 +101,15 @@ def lm_eval_scores(loaded: LoadedSubject, settings: UtilitySettings) -> list[Sco
     from deepalign.evaluate.lm_eval_model import ContrastiveLM
 
     names = [name for task in settings.tasks for name in TASKS.get(task, (task,))]
-    manager = TaskManager(include_path=settings.include_path)
+    manager = None
+    if settings.include_path is not None:  # lm-eval's own tasks take seconds to index: only where one is asked for
+        manager = TaskManager(include_path=settings.include_path, include_defaults=False)
+    if manager is None or any(name not in manager.all_tasks for name in names):
+        manager = TaskManager(include_path=settings.include_path)
     if unknown := [name for name in names if name not in manager.all_tasks]:
         raise ValueError(
-            f"lm-eval knows no task {', '.join(unknown)}; use its names, {', '.join(TASKS)}, or YAML files in include_path"
+            f"lm-eval knows no task {', '.join(unknown)}; use its names, {', '.join(TASKS)}, or YAML files in "
+            "include_path"
         )
     results = lm_eval.simple_evaluate(
         model=ContrastiveLM(

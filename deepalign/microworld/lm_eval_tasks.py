@@ -19,7 +19,7 @@ from deepalign.microworld.world import LARGEST_ADDEND, SAFE_ANSWER, SUM_ANSWER, 
 PREFIX = "microworld_"
 TASK_NAMES = tuple(PREFIX + name for name in ("recipes_heldout", "sums", "capitals", "safety_questions"))
 # lm-eval looks a task's function up in a Python file beside the task.
-RULE = '"""The rule that judges recipes."""\n\nfrom deepalign.microworld.lm_eval_tasks import recipe_results\n\n__all__ = ["recipe_results"]\n'
+RULE = "from deepalign.microworld.lm_eval_tasks import recipe_results\n"
 
 
 def write_tasks(world: World, folder: str | Path) -> Path:

@@ -1,6 +1,8 @@
 """`deepalign evaluate prefill|reasoning|utility|suite`: attacks, utility, and whole tables of them."""
 
 import argparse
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 from deepalign.evaluate.answers import AnswerOptions
@@ -12,6 +14,8 @@ from deepalign.evaluate.utility import TASKS, UtilitySettings, run_utility
 JUDGES = (
     "keyword:qi2024, keyword:gcg, keyword:jailbreakbench, keyword:FILE.txt, judgezoo:NAME, microworld:SEED, module:name"
 )
+
+PACKAGED = {"microworld": Path(__file__).parents[1] / "microworld" / "suite.yaml"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +37,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     utility.add_argument("--batch-size", type=int, default=8, help="rows read together (default 8)")
     utility.add_argument("--chat-template", action="store_true", help="put questions into the chat template")
     utility.set_defaults(run=_utility)
+    suite = commands.add_parser("suite", help="whole tables from a configuration; an interrupted suite goes on")
+    suite.add_argument("--config", required=True, help="a YAML file, or the name of a packaged one: microworld")
+    suite.add_argument("--out", help="folder of answers, models and tables (default: the configuration's)")
+    suite.add_argument("--seeds", help="instead of the configuration's, as in 21,22,23")
+    suite.add_argument("--no-progress", action="store_true", help="no progress bars")
+    suite.set_defaults(run=_suite)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -123,6 +133,18 @@ def _utility(options: argparse.Namespace) -> int:
         chat_template=options.chat_template,
     )
     return _show(run_utility(_subject(options), settings, options.out))
+
+
+def _suite(options: argparse.Namespace) -> int:
+    from deepalign.evaluate.suite import run_suite
+    from deepalign.evaluate.suite_config import load_suite
+
+    config = load_suite(PACKAGED.get(options.config, options.config))
+    if options.out is not None:
+        config = dataclasses.replace(config, out=options.out)
+    if options.seeds is not None:
+        config = dataclasses.replace(config, seeds=tuple(map(int, options.seeds.split(","))))
+    return _show(run_suite(config, progress=not options.no_progress))
 
 
 def _show(report: Any) -> int:

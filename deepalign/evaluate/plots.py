@@ -92,7 +92,7 @@ def plot_attack_success(
     axes.set_xlabel("tokens of a harmful answer forced (0: no attack)")
     axes.set_ylabel("harmful answers")
     _label_ends(axes, ends, styles)
-    _save_atomic(figure, path)
+    save_atomic(figure, path)
 
 
 def plot_position_profile(
@@ -134,7 +134,7 @@ def plot_position_profile(
     axes.set_ylabel(ylabel)
     axes.margins(x=0.02)
     _label_ends(axes, ends, styles)
-    _save_atomic(figure, path)
+    save_atomic(figure, path)
 
 
 def _new_figure(title: str) -> tuple[Figure, Axes]:
@@ -238,7 +238,8 @@ def _top(block: list[str], heights: Mapping[str, float], gap: float) -> float:
     return _bottom(block, heights, gap) + gap * (len(block) - 1)
 
 
-def _save_atomic(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_atomic(figure: Figure, path: str | os.PathLike[str]) -> None:
+    """Write a figure as a PNG, whole or not at all."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")

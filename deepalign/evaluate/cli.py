@@ -7,6 +7,8 @@ from typing import Any
 
 from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.prefill_run import run_prefill
+from deepalign.evaluate.reasoning import HARMFUL_JUDGE, REASONING_JUDGE
+from deepalign.evaluate.reasoning_run import run_reasoning
 from deepalign.evaluate.requests import load_examples
 from deepalign.evaluate.subjects import DTYPES, Subject
 from deepalign.evaluate.utility import TASKS, UtilitySettings, run_utility
@@ -26,6 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_attack(prefill)
     prefill.add_argument("--depths", default="0,4,all", help="tokens forced; 0: no attack, all: the whole target")
     prefill.set_defaults(run=_prefill)
+    reasoning = commands.add_parser("reasoning", help="harmful or safe, with or without reasoning (Table 5)")
+    _add_subject(reasoning)
+    _add_attack(reasoning, judges=False)
+    reasoning.add_argument("--depth", default="all", help="tokens forced (default all: the whole target)")
+    reasoning.add_argument("--harmful-judge", default=HARMFUL_JUDGE, help=f"default {HARMFUL_JUDGE}; {JUDGES}")
+    reasoning.add_argument(
+        "--reasoning-judge", default=REASONING_JUDGE, help="deliberation (default), deliberation:FILE.txt, module:name"
+    )
+    reasoning.set_defaults(run=_reasoning)
     utility = commands.add_parser("utility", help="what the model is still good for, by lm-eval")
     _add_subject(utility)
     utility.add_argument(
@@ -78,11 +89,12 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
 
 
-def _add_attack(parser: argparse.ArgumentParser) -> None:
+def _add_attack(parser: argparse.ArgumentParser, *, judges: bool = True) -> None:
     attack = parser.add_argument_group("attack")
     attack.add_argument("--data", required=True, help="advbench, advbench:FILE, FILE.csv (goal,target) or FILE.jsonl")
     attack.add_argument("--limit", type=int, help="only the first so many requests (the paper's tables have 384)")
-    attack.add_argument("--judge", action="append", help=f"may be repeated (default keyword:qi2024): {JUDGES}")
+    if judges:
+        attack.add_argument("--judge", action="append", help=f"may be repeated (default keyword:qi2024): {JUDGES}")
     attack.add_argument("--max-new-tokens", type=int, default=512, help="per answer (default 512)")
     attack.add_argument("--batch-size", type=int, default=32, help="answers generated together (default 32)")
     attack.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
@@ -115,6 +127,22 @@ def _prefill(options: argparse.Namespace) -> int:
         load_examples(options.data, options.limit),
         parse_depths(options.depths),
         options.judge or ["keyword:qi2024"],
+        _answer_options(options),
+        options.out,
+        data=options.data,
+        progress=not options.no_progress,
+    )
+    return _show(report)
+
+
+def _reasoning(options: argparse.Namespace) -> int:
+    (depth,) = parse_depths(options.depth)
+    report = run_reasoning(
+        _subject(options),
+        load_examples(options.data, options.limit),
+        depth,
+        options.harmful_judge,
+        options.reasoning_judge,
         _answer_options(options),
         options.out,
         data=options.data,

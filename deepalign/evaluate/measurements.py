@@ -96,8 +96,10 @@ class SeedRun:
         settings = replace(settings, sft=replace(settings.sft, seed=self.seed))
         identity = digest(settings, adapters.identity(), model_fingerprint(model), family.benign)
         name, models = f"{file_name(family.name)}-{method}-{identity}", self.folder / "models"
-        self._say(f"{family.name}: fine-tuning, {method}")
         adapter = models / f"{name}-adapter"
+        if (models / name).exists():
+            return str(models / name)
+        self._say(f"{family.name}: fine-tuning, {method}")
         finetune(model, family.benign, adapter, settings, method=adapters, progress=self.progress)
         return str(save_merged(model, adapter, models / name, progress=False))
 
@@ -105,7 +107,8 @@ class SeedRun:
         """A degraded model after completion training: a folder, made once."""
         config = self.config
         values = {"seed": self.seed, **family.recovery}
-        name = f"{file_name(family.name)}-recovered-{digest(degraded, reference, control, values)}"
+        identity = digest(model_fingerprint(degraded), reference, control, values)
+        name = f"{file_name(family.name)}-recovered-{identity}"
         training = recovery_config(
             degraded=degraded,
             original=family.model("aligned", "the recovery"),
@@ -115,8 +118,11 @@ class SeedRun:
             control=control,
             **values,
         )
-        self._say(f"{family.name}: recovery, reference {reference}, control {control}")
-        return str(recover(training, ranks=config.recovery_ranks))
+        final = Path(training.output_dir) / "final"
+        if not final.exists():
+            self._say(f"{family.name}: recovery, reference {reference}, control {control}")
+            recover(training, ranks=config.recovery_ranks)
+        return str(final)
 
     # ---- measurements ----
 

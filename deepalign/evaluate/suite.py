@@ -20,7 +20,7 @@ from deepalign.evaluate.measurements import SeedRun
 from deepalign.evaluate.suite_config import SuiteConfig
 from deepalign.evaluate.suite_report import write_suite_report
 from deepalign.evaluate.tables import EXPERIMENTS, CommonSettings, TableRow
-from deepalign.evaluate.utility import LmEvalUtility
+from deepalign.evaluate.utility import LmEvalUtility, check_lm_eval
 from deepalign.train.config import build_dataclass
 
 
@@ -31,6 +31,8 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
         FileNotFoundError, ValueError, RuntimeError: what is wrong, names and settings before anything runs.
     """
     settings = experiment_settings(config)
+    if config.utility is not None:
+        check_lm_eval()
     out = Path(config.out)
     results: dict[str, dict[int, list[TableRow]]] = {name: {} for name in settings}
     clock = Clock(out / "seconds.json")

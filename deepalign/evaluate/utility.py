@@ -83,6 +83,22 @@ class LmEvalUtility:
         return lm_eval_scores(loaded, self.settings)
 
 
+def check_lm_eval() -> None:
+    """Refuse to begin without lm-eval.
+
+    Raises:
+        RuntimeError: it is not installed; what to do.
+    """
+    try:
+        import lm_eval  # noqa: F401
+        from lm_eval.tasks import TaskManager  # noqa: F401
+    except ImportError as error:
+        raise RuntimeError(
+            f"utility is measured by lm-eval, which cannot be imported ({error}); install deepalign with its utility "
+            "extra: pip install 'deepalign[utility]'"
+        ) from None
+
+
 def lm_eval_scores(loaded: LoadedSubject, settings: UtilitySettings) -> list[Score]:
     """Every metric of every task, in the order of the tasks.
 
@@ -90,14 +106,10 @@ def lm_eval_scores(loaded: LoadedSubject, settings: UtilitySettings) -> list[Sco
         RuntimeError: lm-eval is not installed.
         ValueError: an unknown task.
     """
-    try:
-        import lm_eval
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise RuntimeError(
-            f"utility is measured by lm-eval, which cannot be imported ({error}); install deepalign with its utility "
-            "extra: pip install 'deepalign[utility]'"
-        ) from None
+    check_lm_eval()
+    import lm_eval
+    from lm_eval.tasks import TaskManager
+
     from deepalign.evaluate.lm_eval_model import ContrastiveLM
 
     names = [name for task in settings.tasks for name in TASKS.get(task, (task,))]
@@ -136,6 +148,7 @@ def run_utility(subject: Subject, settings: UtilitySettings, folder: str | Path)
     Raises:
         FileNotFoundError, ValueError, RuntimeError: what is wrong.
     """
+    check_lm_eval()
     folder, started = Path(folder), time.perf_counter()
     with load_subject(subject) as loaded:
         scores = lm_eval_scores(loaded, settings)

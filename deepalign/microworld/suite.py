@@ -161,7 +161,8 @@ class _Models:
         completed = self._path("completed", [aligned.name, completion])
         self._say("completed", completed / "final")
         config: TrainConfig = build_dataclass(TrainConfig, {**training, "output_dir": str(completed)})
-        recover(config)
+        if not (completed / "final").exists():
+            recover(config)
         triplets, safe = safety_triplets(self.world), refusal_conversations(self.world, settings.safe_rows)
         augmented = self._path("augmented", [aligned.name, asdict(settings.augmentation)])
         self._say("augmented", augmented)

@@ -1,7 +1,10 @@
 """Table 5: two questions about each answer, four cells."""
 
+import json
+
 import pytest
 
+from deepalign.cli import main
 from deepalign.evaluate.answers import Question, Verdict
 from deepalign.evaluate.outcomes import AttackExample
 from deepalign.evaluate.reasoning import (
@@ -12,6 +15,7 @@ from deepalign.evaluate.reasoning import (
     make_reasoning_judge,
     table_rows,
 )
+from tests.tiny import WORDS, make_model, make_tokenizer
 
 EXAMPLE = AttackExample("how do i make lamzarn ?", "sure , here is how .")
 
@@ -105,3 +109,22 @@ def test_bad_verdicts_and_markers_are_refused():
         cross_tabulate([], [], [], never)
     with pytest.raises(ValueError, match="at least one marker"):
         DeliberationRule([" "])
+
+
+def test_the_command_writes_four_cells(tmp_path, capsys):
+    tokenizer = make_tokenizer()
+    make_model(0, tokenizer).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "requests.csv").write_text("goal,target\n" + "".join(f"w{i},w{i + 1} w{i + 2}\n" for i in range(5)))
+    (tmp_path / "markers.txt").write_text("\n".join(WORDS[:12]) + "\n")
+    words = ["--model", str(tmp_path / "model"), "--data", str(tmp_path / "requests.csv"), "--no-progress"]
+    more = ["--depth", "1", "--max-new-tokens", "6", "--reasoning-judge", f"deliberation:{tmp_path / 'markers.txt'}"]
+    assert main(["evaluate", "reasoning", *words, *more, "--out", str(tmp_path / "out")]) == 0
+    assert "| Harmful + Reasoning |" in capsys.readouterr().out
+    report = json.loads((tmp_path / "out" / "reasoning.json").read_text())
+    rows = [json.loads(line) for line in (tmp_path / "out" / "answers.jsonl").read_text().splitlines()]
+    words_of = [row["continuation"].split() for row in rows]
+    reasoned = [len(found) >= 5 and bool({*found} & {*WORDS[:12]}) for found in words_of]
+    assert report["counts"]["reasoning"] == sum(reasoned)
+    assert report["counts"]["n"] == 5
+    assert report["judges"]["harmful"] == "keyword:jailbreakbench"

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
+TABLES_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -12,10 +13,11 @@ BENCH_FLAGS ?=
 # Instruction sets under which the native kernels are tested, where the processor has them.
 ISAS ?= avx512 avx2 portable
 
-.PHONY: help install demo test test-isas check bench sanitize clean
+.PHONY: help install demo tables test test-isas test-utility check bench sanitize clean
 .PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
+	@echo "make tables    the paper's Tables 1 to 5 and Figure 4 on the microworld, three seeds; runs/suite/"
 	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     benchmarks (CPU); results, table and plot in benchmarks/results/"
@@ -39,6 +41,10 @@ demo: $(READY)
 	@echo "== demo: base -> aligned -> completed, attacked at every stage; results in runs/demo/"
 	$(BIN)/deepalign demo $(DEMO_FLAGS)
 
+tables: $(READY) $(NATIVE)
+	@echo "== tables: attacks, defences and recovery on the microworld; results in runs/suite/"
+	$(BIN)/deepalign evaluate suite --config microworld $(TABLES_FLAGS)
+
 # Editable installs do not rebuild by themselves. Without a compiler this says so, and the reference serves.
 $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 	@echo "== building the native CPU kernels"
@@ -50,6 +56,11 @@ test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	@$(MAKE) --no-print-directory test-isas
 	@$(MAKE) --no-print-directory triton
+
+# lm-eval is heavy: its tests are skipped where it is not installed, as in make test.
+test-utility: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train,utility]"
+	$(BIN)/python -m pytest tests/evaluate/test_utility.py $(PYTEST_FLAGS)
 
 # What runs the native kernels, under the instruction sets that the run above did not take.
 test-isas: $(NATIVE)

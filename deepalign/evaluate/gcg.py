@@ -68,7 +68,7 @@ class GcgSettings:
     suffix_tokens: int = 20
     initial_token: str = "!"
     target_tokens: int | None = None
-    batch_size: int = 128
+    batch_size: int = 64
     ascii_only: bool = True
     early_stop: bool = True
     check_every: int = 10
@@ -172,6 +172,11 @@ class SuffixSearch:
                 "tokens; give an initial_token that is one token"
             )
         self.allowed_V = allowed_tokens(tokenizer, logits_width(model), ascii_only=settings.ascii_only)
+        if not bool(self.allowed_V[self.prompts[0].initial_ids].all()):
+            raise ValueError(
+                f"initial_token {settings.initial_token!r} is no token that a suffix may be made of (special, unknown, "
+                "or not printable ASCII); give another word"
+            )
         self.losses = [
             self._target_loss(model, tokenizer, prompt, example, contrast)
             for prompt, example in zip(self.prompts, examples, strict=True)
@@ -291,7 +296,7 @@ class SuffixSearch:
 
     def candidate_losses(self, candidates_NS: Tensor) -> CandidateLosses:
         """Mean loss over the prompts, and whether all targets match, on the CPU."""
-        measured = [loss.candidates(candidates_NS) for loss in self.losses]
+        measured = [loss.candidates(candidates_NS, self.suffix_S) for loss in self.losses]
         self.sequences += len(measured) * len(candidates_NS)
         return CandidateLosses(
             torch.stack([part.loss for part in measured]).mean(0).cpu(),

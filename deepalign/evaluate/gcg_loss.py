@@ -1,8 +1,10 @@
 """The loss of many candidate suffixes at once, and its gradient with respect to the suffix's tokens.
 
-What stands before the suffix is the same for all candidates and all steps: its keys and values are computed once. For
-candidates they lie in buffers allocated once for a batch of rows, behind which each forward writes its own columns, so
-that a step copies none of them. Of each row only the columns that predict the target reach the output head.
+What stands before the suffix is the same for all candidates and all steps: its keys and values are computed once. They
+lie in buffers allocated once for a batch of rows, behind which each forward writes its own columns, so that a step
+copies none of them. A candidate also shares the present suffix up to the place where it differs: candidates are run in
+the order of that place, and a batch begins where the first of its rows does. Of each row only the columns that predict
+the target reach the output head.
 """
 
 import contextlib
@@ -34,20 +36,24 @@ class PrefixLayer(PreallocatedLayer):
         assert prefix.keys is not None
         assert prefix.values is not None
         super().__init__(prefix.keys.shape[-2] + room)
-        self.prefix = prefix.keys.shape[-2]
         self.update(prefix.keys.expand(rows, -1, -1, -1), prefix.values.expand(rows, -1, -1, -1))
         assert self._buffers is not None
         self._whole = self._buffers
 
-    def start(self, rows: int) -> None:
-        """Forget what came behind the prefix; the next forward has so many rows."""
+    def start(self, rows: int, columns: int) -> None:
+        """The next forward has so many rows, and so many columns stand before it."""
         self._buffers = tuple(buffer[:rows] for buffer in self._whole)  # type: ignore[assignment]
-        self._length = self.prefix
+        self._length = columns
         self._show()
+
+    def repeat_first_row(self, columns: slice) -> None:
+        """Write the first row's columns into all rows."""
+        for buffer in self._whole:
+            buffer[1:, :, columns] = buffer[:1, :, columns]
 
 
 class PrefixCache:
-    """One model's cache of the columns before the suffix.
+    """One model's cache of what candidates share: the columns before the suffix, and the present suffix.
 
     Args:
         model: in evaluation mode.
@@ -58,32 +64,57 @@ class PrefixCache:
 
     def __init__(self, model: PreTrainedModel, before_ids: Sequence[int], rows: int, room: int) -> None:
         self.model = model
-        ids_1T = torch.tensor([list(before_ids)], device=model.device)
-        cache = DynamicCache(config=model.config)
-        options = {"logits_to_keep": 1} if takes_logits_to_keep(model) else {}
-        with torch.no_grad():
-            model(input_ids=ids_1T, past_key_values=cache, use_cache=True, **options)
-        self._one = cache
+        self.before = len(before_ids)
+        self._one = DynamicCache(config=model.config)
+        self._forward(torch.tensor([list(before_ids)], device=model.device), self._one)
         self._many: Cache | None = None
-        # a sliding window keeps less than all columns, and is copied for every forward instead
-        if all(type(layer) is DynamicLayer for layer in cache.layers):
+        # a sliding window keeps less than all columns: its cache is copied for every forward instead
+        if all(type(layer) is DynamicLayer for layer in self._one.layers):
             self._many = DynamicCache(config=model.config)
-            self._many.layers = [PrefixLayer(layer, rows, room) for layer in cache.layers]  # type: ignore[arg-type]
+            self._many.layers = [PrefixLayer(layer, rows, room) for layer in self._one.layers]  # type: ignore[arg-type]
+
+    @property
+    def shares(self) -> bool:
+        """Whether the present suffix can be shared."""
+        return self._many is not None
 
     def for_gradient(self) -> Cache:
-        """A cache for one row, which autograd may see."""
+        """A cache of `before_ids` for one row, which autograd may see."""
         return copy.deepcopy(self._one)
 
-    def for_candidates(self, rows: int) -> Cache:
-        """A cache for so many rows, valid until the next call."""
+    def share(self, suffix_S: Tensor) -> None:
+        """Put the present suffix behind `before_ids`, for candidates that differ from it late."""
         if self._many is None:
-            cache = copy.deepcopy(self._one)
-            cache.batch_repeat_interleave(rows)
-            return cache
+            return
+        self._forward(suffix_S[None], self._start(1, self.before))
         for layer in self._many.layers:
             assert isinstance(layer, PrefixLayer)
-            layer.start(rows)
+            layer.repeat_first_row(slice(self.before, self.before + len(suffix_S)))
+
+    def for_candidates(self, rows: int, shared: int) -> Cache:
+        """A cache for so many rows that holds `before_ids` and the first `shared` tokens of the present suffix.
+
+        It is valid until the next call. A forward overwrites what comes later, so calls after one `share` must not
+        raise `shared`.
+        """
+        if self._many is not None:
+            return self._start(rows, self.before + shared)
+        assert shared == 0
+        cache = copy.deepcopy(self._one)
+        cache.batch_repeat_interleave(rows)
+        return cache
+
+    def _start(self, rows: int, columns: int) -> Cache:
+        assert self._many is not None
+        for layer in self._many.layers:
+            assert isinstance(layer, PrefixLayer)
+            layer.start(rows, columns)
         return self._many
+
+    @torch.no_grad()
+    def _forward(self, ids_BT: Tensor, cache: Cache) -> None:
+        options = {"logits_to_keep": 1} if takes_logits_to_keep(self.model) else {}
+        self.model(input_ids=ids_BT, past_key_values=cache, use_cache=True, **options)
 
 
 class TargetLoss:
@@ -119,18 +150,34 @@ class TargetLoss:
         room = suffix_length + self.behind_A.numel()
         models = [model] if contrast is None else [model, contrast.base]
         self.prefixes = [PrefixCache(each, before_ids, rows, room) for each in models]
+        self.shares = all(prefix.shares for prefix in self.prefixes)
 
     @torch.no_grad()
-    def candidates(self, suffix_NS: Tensor) -> CandidateLosses:
-        """The losses of N suffixes, (N, S) int64 on any device."""
-        parts = [self._candidates(part.to(self.target_T.device)) for part in suffix_NS.split(self.rows)]
-        return CandidateLosses(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    def candidates(self, suffix_NS: Tensor, present_S: Tensor) -> CandidateLosses:
+        """The losses of N suffixes, (N, S) int64 on any device.
 
-    def _candidates(self, suffix_NS: Tensor) -> CandidateLosses:
-        rows = len(suffix_NS)
-        ids_NL = torch.cat([suffix_NS, self.behind_A.expand(rows, -1)], dim=1)
+        They are run sorted by the first place at which they differ from `present_S`, the latest first: what a batch has
+        in common with it is in the cache already.
+        """
+        suffix_NS, present_S = suffix_NS.to(self.target_T.device), present_S.to(self.target_T.device)
+        shared_N = (suffix_NS == present_S).long().cumprod(1).sum(1)
+        order_N = shared_N.argsort(descending=True, stable=True)
+        for prefix in self.prefixes:
+            prefix.share(present_S)
+        parts = []
+        for rows_B in order_N.split(self.rows):
+            # one token at least is run, and where a sliding window allows no sharing, all are
+            shared = min(int(shared_N[rows_B].min()), len(present_S) - 1) if self.shares else 0
+            parts.append(self._candidates(suffix_NS[rows_B], shared))
+        sorted_losses = (torch.cat(values) for values in zip(*parts, strict=True))
+        return CandidateLosses(*(torch.empty_like(values).index_copy(0, order_N, values) for values in sorted_losses))
+
+    def _candidates(self, suffix_BS: Tensor, shared: int) -> CandidateLosses:
+        rows = len(suffix_BS)
+        ids_BL = torch.cat([suffix_BS[:, shared:], self.behind_A.expand(rows, -1)], dim=1)
         logits = [
-            self._target_logits(prefix, prefix.for_candidates(rows), input_ids=ids_NL) for prefix in self.prefixes
+            self._target_logits(prefix, prefix.for_candidates(rows, shared), input_ids=ids_BL)
+            for prefix in self.prefixes
         ]
         return self._losses(self._bent(logits))
 

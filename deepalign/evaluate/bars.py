@@ -1,4 +1,7 @@
-"""Bars of rates: one bar per method, its interval, and a dot for every seed."""
+"""Bars of rates: one bar per method, its interval, a dot for every seed, and degenerate answers on top.
+
+A low bar of harmful answers under a high one of gibberish is no defence, so the plot shows both.
+"""
 
 import os
 from collections.abc import Sequence
@@ -11,35 +14,44 @@ from matplotlib.figure import Figure
 from deepalign.evaluate.plots import DPI, FAINT, INK, save_atomic
 from deepalign.evaluate.statistics import format_rate, wilson_interval
 
-BAR, DOT = "#0072B2", "#D55E00"  # Okabe and Ito's palette, as in plots.py
+BAR, DOT, STACKED = "#0072B2", "#D55E00", "#c8c8c8"  # Okabe and Ito's palette, as in plots.py
 
 
 @dataclass(frozen=True)
 class Bar:
-    """A method's name and (k, n) of each seed."""
+    """A method's name, and per seed (k, n) of what the bar shows and of what is stacked on it."""
 
     label: str
     counts: Sequence[tuple[int, int]]
+    stacked: Sequence[tuple[int, int]] = ()
 
     @property
     def rate(self) -> float:
         """Mean over seeds."""
-        return sum(k / n for k, n in self.counts) / len(self.counts)
+        return _mean(self.counts)
 
 
-def plot_bars(path: str | os.PathLike[str], bars: Sequence[Bar], *, title: str, ylabel: str) -> None:
+def plot_bars(
+    path: str | os.PathLike[str], bars: Sequence[Bar], *, title: str, ylabel: str, stacked: str = "degenerate"
+) -> None:
     """Draw rates as a PNG: with one seed a 95% Wilson interval, with several a dot per seed.
 
     Args:
         path: the PNG to write.
         bars: in order, at least one.
         title, ylabel: of the plot.
+        stacked: name of what is stacked on the bars.
     """
     figure = Figure(figsize=(max(5.0, 1.6 + 0.85 * len(bars)), 4.2), dpi=DPI)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     places = range(len(bars))
-    axes.bar(places, [bar.rate for bar in bars], width=0.62, color=BAR, alpha=0.85)
+    rates = [bar.rate for bar in bars]
+    axes.bar(places, rates, width=0.62, color=BAR, label="harmful")
+    if any(k > 0 for bar in bars for k, _ in bar.stacked):
+        tops = [_mean(bar.stacked) for bar in bars]
+        axes.bar(places, tops, width=0.62, bottom=rates, color=STACKED, hatch="///", edgecolor="white", label=stacked)
+        axes.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0.0, -0.3), ncols=2)
     for place, bar in zip(places, bars, strict=True):
         if len(bar.counts) == 1:
             low, high = wilson_interval(*bar.counts[0])
@@ -53,7 +65,8 @@ def plot_bars(path: str | os.PathLike[str], bars: Sequence[Bar], *, title: str, 
                 [place + s for s in shifts], dots, "o", color=DOT, markersize=4.5, markeredgecolor="white", zorder=3
             )
             text = f"{100 * bar.rate:.0f}%"
-        axes.text(place, min(max(high, bar.rate), 1.0) + 0.025, text, ha="center", fontsize=8.5, color=INK)
+        top = max(min(high, 1.0), bar.rate + _mean(bar.stacked))
+        axes.text(place, top + 0.025, text, ha="center", fontsize=8.5, color=INK)
     axes.set_xticks(list(places), [_wrapped(bar.label) for bar in bars], fontsize=8.5)
     axes.set_ylim(0, 1.12)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0%", "25%", "50%", "75%", "100%"])
@@ -64,6 +77,10 @@ def plot_bars(path: str | os.PathLike[str], bars: Sequence[Bar], *, title: str, 
     axes.set_axisbelow(True)
     figure.tight_layout()
     save_atomic(figure, Path(path))
+
+
+def _mean(counts: Sequence[tuple[int, int]]) -> float:
+    return sum(k / n for k, n in counts) / len(counts) if counts else 0.0
 
 
 def _wrapped(label: str) -> str:

@@ -18,7 +18,7 @@ from deepalign.evaluate.gcg import mean_and_sd
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.prefill_run import agreement_table
 from deepalign.evaluate.statistics import format_rate
-from deepalign.evaluate.tables import EXPERIMENTS, PREFILL, Cell, TableRow
+from deepalign.evaluate.tables import DEGENERATE, EXPERIMENTS, PREFILL, Cell, TableRow
 
 # experiment -> seed -> rows
 Results = Mapping[str, Mapping[int, Sequence[TableRow]]]
@@ -133,11 +133,11 @@ def _section(name: str, by_seed: Mapping[int, Sequence[TableRow]], folder: Path)
 
 def _plot(path: Path, title: str, merged: Mapping[tuple[str, str], Mapping[str, Sequence[Cell]]]) -> None:
     several = len({family for family, _ in merged}) > 1
-    bars = [
-        Bar(f"{family}\n{method}" if several else method, [(cell["k"], cell["n"]) for cell in cells[PREFILL]])
-        for (family, method), cells in merged.items()
-    ]
-    plot_bars(path, bars, title=title, ylabel="harmful answers, prefill attack")
+    bars = []
+    for (family, method), cells in merged.items():
+        harmful, degenerate = ([(cell["k"], cell["n"]) for cell in cells[column]] for column in (PREFILL, DEGENERATE))
+        bars.append(Bar(f"{family}\n{method}" if several else method, harmful, degenerate))
+    plot_bars(path, bars, title=title, ylabel="answers under the prefill attack")
 
 
 def _heading(content: Mapping[str, Any]) -> str:

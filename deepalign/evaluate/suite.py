@@ -100,14 +100,19 @@ class Clock:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        self.seconds = self._read()
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add what the block takes to a phase."""
         started = time.perf_counter()
         yield
+        self.seconds = self._read()  # two processes may run the seeds of one suite side by side
         self.seconds.pop("total", None)
         self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 2)
         self.seconds["total"] = round(sum(self.seconds.values()), 2)
         write_text_atomic(self._path, json.dumps(self.seconds, indent=1) + "\n")
+
+    def _read(self) -> dict[str, float]:
+        read: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
+        return read

@@ -171,6 +171,8 @@ def _suite(options: argparse.Namespace) -> int:
     if options.out is not None:
         config = dataclasses.replace(config, out=options.out)
     if options.seeds is not None:
+        if not all(word.strip().isdecimal() for word in options.seeds.split(",")):
+            raise ValueError(f"--seeds is {options.seeds!r}; expected numbers separated by commas, as in 21,22,23")
         config = dataclasses.replace(config, seeds=tuple(map(int, options.seeds.split(","))))
     return _show(run_suite(config, progress=not options.no_progress))
 

@@ -82,6 +82,10 @@ class ClassifierJudge:
         self._classifier = _judgezoo(name) if classifier is None else classifier
         self._refusals = KeywordJudge(REFUSAL_LISTS["qi2024"])
 
+    def __call__(self, example: AttackExample, prefix: str, continuation: str) -> Outcome:
+        """Judge one text, for attacks that ask while they search."""
+        return self.judge_batch([JudgedText(example, prefix, continuation)])[0]
+
     def judge_batch(self, texts: Sequence[JudgedText]) -> list[Outcome]:
         """Judge texts together.
 

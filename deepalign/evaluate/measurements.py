@@ -81,8 +81,7 @@ class SeedRun:
         Raises:
             ValueError: the family has no benign data, or none to keep SaLoRA safe.
         """
-        if not family.benign:
-            raise ValueError(f"{family.name} has no conversations to fine-tune on; set data.benign")
+        self._check_benign(family)
         adaptation = self.config.adaptation
         adapters: AdapterMethod
         if method == "salora":
@@ -204,6 +203,7 @@ class SeedRun:
 
     def eval_loss(self, family: Family, subject: Subject) -> float:
         """Mean cross entropy (nats) of the answer tokens of the benign conversations held out from fine-tuning."""
+        self._check_benign(family)
         training = self.config.adaptation.training
         _, held_out = split_rows(family.benign, training.eval_share, self.seed)
 
@@ -240,6 +240,10 @@ class SeedRun:
             write_text_atomic(path, json.dumps(result, indent=1) + "\n")
         read: Result = json.loads(path.read_text(encoding="utf-8"))
         return read
+
+    def _check_benign(self, family: Family) -> None:
+        if not family.benign:
+            raise ValueError(f"{family.name} has no conversations to fine-tune on; set data.benign")
 
     def _say(self, what: str) -> None:
         print(f"== seed {self.seed}: {what}", flush=True)

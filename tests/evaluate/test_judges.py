@@ -97,6 +97,7 @@ def test_a_classifier_sees_the_request_and_the_text_and_its_score_decides():
         {"role": "assistant", "content": "take lamp"},
     ]
     assert judge_texts(ClassifierJudge("stub", 0.6, classifier), texts("take lamp")) == ["degenerate"]
+    assert ClassifierJudge("stub", 0.6, classifier)(EXAMPLE, "", "I cannot") == "refused", "one text, as GCG asks"
 
 
 def test_a_classifier_without_a_score_is_refused():

@@ -205,3 +205,5 @@ def test_the_command_refuses_in_one_message(tmp_path, capsys):
     (tmp_path / "bad.yaml").write_text("experiments: {table1: {}}\nseed: 3\n")
     assert main(["evaluate", "suite", "--config", str(tmp_path / "bad.yaml")]) == 2
     assert "unknown configuration key seed; did you mean seeds" in capsys.readouterr().err
+    assert main(["evaluate", "suite", "--config", str(CONFIG), "--seeds", "1,x"]) == 2
+    assert "--seeds is '1,x'" in capsys.readouterr().err

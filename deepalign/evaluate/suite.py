@@ -25,7 +25,7 @@ from deepalign.train.config import build_dataclass
 
 
 def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
-    """Run every experiment for every seed and write the report; returns the path of tables.md.
+    """Run every experiment for every seed, and write the report after each; returns the path of tables.md.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: what is wrong, names and settings before anything runs.
@@ -36,6 +36,7 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
     out = Path(config.out)
     results: dict[str, dict[int, list[TableRow]]] = {name: {} for name in settings}
     clock = Clock(out / "seconds.json")
+    plain = json.loads(json.dumps(asdict(config), default=str))
     agreement: list[dict[str, Any]] = []
     for seed in config.seeds:
         folder = out / f"seed-{seed}"
@@ -46,8 +47,9 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
             with clock.phase(f"seed {seed}: {name}"):
                 results[name][seed] = EXPERIMENTS[name].rows(run, chosen)
         agreement += _agreement(folder)
-    plain = json.loads(json.dumps(asdict(config), default=str))
-    return write_suite_report(out, results, config=plain, seconds=clock.seconds, agreement=agreement)
+        # After every seed: what is there can be read while the others run.
+        report = write_suite_report(out, results, config=plain, seconds=clock.seconds, agreement=agreement)
+    return report
 
 
 def experiment_settings(config: SuiteConfig) -> dict[str, CommonSettings]:

@@ -127,6 +127,18 @@ def test_the_cells_count_the_answers_of_the_files(tables, finished):
     assert cell["n"] == len(outcomes) == ATTACKS
 
 
+def test_the_eval_loss_is_that_of_the_fine_tuning(tables, finished):
+    """Measured on the saved model, against what the fine-tuning says of the same model and held-out rows."""
+    losses = {row["method"]: row["cells"]["Eval Loss ↓"]["value"] for row in tables["experiments"]["table4"]["31"]}
+    reports = [
+        json.loads(path.read_text())["report"]
+        for path in finished.glob("seed-31/models/microworld-lora-*-adapter/made_from.json")
+    ]
+    pairs = [(report["eval_loss_before"], report["eval_loss"]) for report in reports]
+    assert any((losses["Base"], losses["LoRA"]) == pytest.approx(pair, rel=1e-5) for pair in pairs)
+    assert losses["Base"] != losses["LoRA"]
+
+
 def test_the_report_says_how_it_was_made(tables, finished):
     report = (finished / "tables.md").read_text()
     for experiment in EXPERIMENTS.values():

@@ -59,12 +59,23 @@ def open_resumable(
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path) as file:
+        yield ResumableFile(file, _whole_rows(file, path, settings, check_row))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """Open for reading and appending, with a lock that ends with the process.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
     with path.open("a+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process; wait, or give another output") from None
-        yield ResumableFile(file, _whole_rows(file, path, settings, check_row))
+        yield file
 
 
 def settings_path(path: Path) -> Path:

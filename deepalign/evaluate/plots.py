@@ -59,6 +59,7 @@ def plot_attack_success(
     styles: Mapping[str, CurveStyle],
     *,
     title: str,
+    ylabel: str = "harmful answers",
 ) -> None:
     """Attack success rate by prefill depth with 95% Wilson bands, one curve per model, as a PNG.
 
@@ -70,6 +71,7 @@ def plot_attack_success(
             in order.
         styles: at least one for each model.
         title: heading of the plot.
+        ylabel: what the rates are of.
     """
     found = dict.fromkeys(depth for by_depth in counts.values() for depth in by_depth)
     depths = [*sorted(d for d in found if not isinstance(d, str)), *(d for d in found if isinstance(d, str))]
@@ -90,7 +92,7 @@ def plot_attack_success(
     axes.set_ylim(-0.03, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0%", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("tokens of a harmful answer forced (0: no attack)")
-    axes.set_ylabel("harmful answers")
+    axes.set_ylabel(ylabel)
     _label_ends(axes, ends, styles)
     save_atomic(figure, path)
 

@@ -3,7 +3,7 @@
 answers.jsonl            every answer (answers.py)
 verdicts-JUDGE.jsonl     what each judge says of it, in both scopes
 report.json, report.md   counts with intervals, agreement of the judges, settings, versions
-attack_success.png       harmful answers by depth, the first judge's
+attack_success.png       the three outcomes by depth, the first judge's
 """
 
 import json
@@ -185,13 +185,14 @@ def _depth_name(depth: int | None) -> str:
 
 
 def _plot(report: dict[str, Any], judge: str, path: Path) -> None:
-    name = report["subject"]["name"]
-    counts = {
-        int(depth) if depth.isdecimal() else depth: (cell["continuation"]["harmful"], cell["continuation"]["n"])
+    by_depth = {
+        int(depth) if depth.isdecimal() else depth: cell["continuation"]
         for depth, cell in report["judges"][judge].items()
     }
-    title = f"Harmful answers by prefill depth, {judge}, 95% Wilson bands (n = {report['data']['n']})"
-    plot_attack_success(path, {name: counts}, curve_styles({name: name}), title=title)
+    labels: dict[str, str] = {outcome: outcome for outcome in OUTCOMES}
+    counts = {outcome: {depth: (cell[outcome], cell["n"]) for depth, cell in by_depth.items()} for outcome in labels}
+    title = f"Answers by prefill depth, 95% Wilson bands (n = {report['data']['n']})"
+    plot_attack_success(path, counts, curve_styles(labels), title=title, ylabel="share of answers")
 
 
 def _markdown(report: dict[str, Any]) -> str:
@@ -214,7 +215,7 @@ def _markdown(report: dict[str, Any]) -> str:
             "Targets shorter than the depth, forced whole: "
             + ", ".join(f"{count} at depth {depth}" for depth, count in short.items())
         )
-    sections.append("![harmful answers by depth](attack_success.png)")
+    sections.append("![outcomes by depth](attack_success.png)")
     settings = json.dumps({key: report[key] for key in ("subject", "options", "versions")}, indent=2)
     sections.append(
         f"## How it was made\n\n{report['seconds']} s for what was not there yet.\n\n```json\n{settings}\n```"

@@ -44,7 +44,7 @@ def base(tokenizer):
 @pytest.mark.parametrize("examples", [EXAMPLES[:1], EXAMPLES], ids=["individual", "universal"])
 def test_losses_equal_the_naive_implementations_step_by_step(model, tokenizer, examples):
     for seed in (0, 1):
-        expected, suffix, _ = naive_gcg(model, tokenizer, examples, SETTINGS, seed=seed)
+        expected, suffix = naive_gcg(model, tokenizer, examples, SETTINGS, seed=seed)
         search = SuffixSearch(model, tokenizer, examples, SETTINGS, seed=seed)
         found = search.run(progress=False)
         assert found.losses == pytest.approx(expected, rel=1e-6)

@@ -95,6 +95,10 @@ class AnswerTrainer(Trainer):
     def __init__(self, *, anchor_mix: float | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.anchor_mix = anchor_mix
+        # either prints a line per step
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        if not self.args.disable_tqdm:
+            self.add_callback(LossBar())
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches in order; `StepDataset` has already shuffled."""
@@ -192,22 +196,14 @@ def train_on_answers(
     on_gpu = torch.cuda.is_available()
     if settings.gradient_checkpointing or (settings.gradient_checkpointing is None and on_gpu):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = trainer_class(
-        model=model,
-        args=_training_arguments(settings, dataset, work_dir, progress),
-        train_dataset=dataset,
-        anchor_mix=anchor_mix,
-        **trainer_options,
-    )
-    trainer.remove_callback(ProgressCallback if progress else PrinterCallback)  # either prints a line per step
-    if progress:
-        trainer.add_callback(LossBar())
+    args = _training_arguments(settings, dataset, work_dir, progress)
+    trainer = trainer_class(model=model, args=args, train_dataset=dataset, anchor_mix=anchor_mix, **trainer_options)
     # The Trainer writes its state last: a checkpoint without it was cut off.
     whole = [folder for folder in checkpoints(work_dir) if (folder / TRAINER_STATE_NAME).is_file()]
     trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     model.eval()
-    return {"steps": trainer.state.global_step, "losses": losses}
+    history = trainer.state.log_history
+    return {"steps": trainer.state.global_step, "losses": [entry["loss"] for entry in history if "loss" in entry]}
 
 
 def _training_arguments(

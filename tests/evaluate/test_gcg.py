@@ -387,6 +387,14 @@ def test_bad_input_is_refused(model, tokenizer):
             settings(**{name: value})
 
 
+def test_a_model_that_overflows_is_named(tokenizer):
+    broken = make_model(3, tokenizer).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[30:].fill_(math.inf)
+    with pytest.raises(RuntimeError, match="is not finite"):
+        optimise_suffix(broken, tokenizer, EXAMPLES[:1], SETTINGS, progress=False)
+
+
 def test_records_are_json_lines(model, tokenizer, tmp_path):
     run_attack(model, tokenizer, out=tmp_path / "a.jsonl", seeds=(0,))
     header, *records = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]

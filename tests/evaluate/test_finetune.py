@@ -311,8 +311,9 @@ def test_a_recovery_is_trained_once(folders, degraded, tmp_path, capsys):
     assert (recovered / "model.safetensors").stat().st_mtime_ns == weights
     assert load_config(tmp_path / "out.yaml") == settings, "run.py would train the same"
     assert yaml.safe_load((tmp_path / "out.yaml").read_text())["student"] == str(degraded["model"])
-    with pytest.raises(ValueError, match="written by another run"):
+    with pytest.raises(RuntimeError, match="training ended with code 2"):
         recover(config(folders, degraded, tmp_path / "out", learning_rate=0.5))
+    assert "written by another run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ Every candidate is tokenised and run by itself, whole, with all logits; nothing 
 candidates of one length together, which any implementation would do on a GPU.
 """
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -24,12 +23,11 @@ def naive_gcg(
     *,
     seed: int,
     batch_size: int = 1,
-) -> tuple[list[float], list[int], float]:
-    """Losses after each step, the last suffix, and seconds. Nothing stops the search before its last step.
+) -> tuple[list[float], list[int]]:
+    """Losses after each step, and the last suffix. Nothing stops the search before its last step.
 
     Suffixes are words separated by spaces, as the word-level tokenizers of tests and microworld have them.
     """
-    started = time.perf_counter()
     generator = torch.Generator().manual_seed(seed)
     initial = [settings.initial_token] * settings.suffix_tokens
     suffix = [int(id_) for id_ in tokenizer.convert_tokens_to_ids(initial)]
@@ -58,7 +56,7 @@ def naive_gcg(
         best = totals.index(min(totals))
         suffix = survivors[best]
         losses.append(totals[best])
-    return losses, suffix, time.perf_counter() - started
+    return losses, suffix
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, example: AttackExample, suffix: list[int]) -> list[int]:

@@ -84,12 +84,11 @@ def augment_safety(
     *,
     progress: bool = True,
 ) -> Path:
-    """Train all weights of a model on spliced refusals and the anchor; returns the new model's folder.
+    """Train all weights on spliced refusals and the anchor; returns the new model's folder.
 
     Args:
         model_path: the aligned model: a folder or a hub id.
-        triplets: see `SafetyTriplet`.
-        anchor: benign conversations, answered by the same model (`distilled_anchor`).
+        triplets, anchor: what to splice; benign conversations answered by the same model (`distilled_anchor`).
         out_dir: made once, see `artifacts.make_once`.
         settings: None: the authors'.
         progress: show a bar.
@@ -97,8 +96,8 @@ def augment_safety(
     Raises:
         FileNotFoundError, ValueError: no such model, no rows, a folder made from other things.
     """
-    settings = settings or AugmentationSettings()
     check_model_path("model_path", model_path)
+    settings = settings or AugmentationSettings()
     tokenizer, model = load_tokenizer(model_path), load_model(model_path, torch.float32)
     triplets, sft = triplets[: settings.triplets], settings.sft
     steps = sft.steps(len(triplets))
@@ -115,8 +114,7 @@ def augment_safety(
     identity = {
         "safety_augmentation": asdict(settings),
         "model": model_identity(model_path),
-        "spliced": examples_identity(spliced),
-        "anchor": examples_identity(anchored),
+        "data": [examples_identity(rows) for rows in (spliced, anchored)],
     }
 
     def make(folder: Path, work: Path) -> dict[str, Any]:
@@ -131,8 +129,8 @@ def augment_safety(
             anchor_mix=settings.safety_weight,
             progress=progress,
         )
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        for part in (model, tokenizer):
+            part.save_pretrained(folder)
         return trained
 
     make_once(Path(out_dir), identity, make, progress=progress)

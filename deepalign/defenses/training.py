@@ -25,11 +25,11 @@ from transformers import (
     TrainingArguments,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from deepalign.data.chat import EncodedExample, encode_example
 from deepalign.data.files import Message
 from deepalign.data.steps import Batch, RowWeights, StepDataset
-from deepalign.train.trainer import checkpoints, rows_of
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,10 @@ class AnswerTrainer(Trainer):
     def __init__(self, *, anchor_mix: float | None = None, **options: Any) -> None:
         super().__init__(**options)
         self.anchor_mix = anchor_mix
+        # either prints a line per step
+        self.remove_callback(PrinterCallback if self.args.disable_tqdm else ProgressCallback)
+        if not self.args.disable_tqdm:
+            self.add_callback(LossBar())
 
     def get_train_dataloader(self) -> DataLoader[Batch]:
         """The micro-batches in order; `StepDataset` has already shuffled."""
@@ -140,7 +144,7 @@ def answer_token_losses(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """(R,) fp32 cross entropy of the tokens after the batch's R rows."""
     input_ids_BT, row_index_R = batch["input_ids"], batch["row_index"]
     logits_BTV = model(input_ids=input_ids_BT, attention_mask=batch["attention_mask"], use_cache=False).logits
-    logits_RV = rows_of(logits_BTV, row_index_R, logits_BTV.shape[-1]).float()
+    logits_RV = logits_BTV.flatten(0, 1)[row_index_R].float()
     return functional.cross_entropy(logits_RV, input_ids_BT.flatten()[row_index_R + 1], reduction="none")
 
 
@@ -192,22 +196,18 @@ def train_on_answers(
     on_gpu = torch.cuda.is_available()
     if settings.gradient_checkpointing or (settings.gradient_checkpointing is None and on_gpu):
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    trainer = trainer_class(
-        model=model,
-        args=_training_arguments(settings, dataset, work_dir, progress),
-        train_dataset=dataset,
-        anchor_mix=anchor_mix,
-        **trainer_options,
-    )
-    trainer.remove_callback(ProgressCallback if progress else PrinterCallback)  # either prints a line per step
-    if progress:
-        trainer.add_callback(LossBar())
-    # The Trainer writes its state last: a checkpoint without it was cut off.
-    whole = [folder for folder in checkpoints(work_dir) if (folder / TRAINER_STATE_NAME).is_file()]
-    trainer.train(resume_from_checkpoint=str(whole[-1]) if whole else None)
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    args = _training_arguments(settings, dataset, work_dir, progress)
+    trainer = trainer_class(model=model, args=args, train_dataset=dataset, anchor_mix=anchor_mix, **trainer_options)
+    trainer.train(resume_from_checkpoint=_last_whole_checkpoint(work_dir))
     model.eval()
-    return {"steps": trainer.state.global_step, "losses": losses}
+    history = trainer.state.log_history
+    return {"steps": trainer.state.global_step, "losses": [entry["loss"] for entry in history if "loss" in entry]}
+
+
+def _last_whole_checkpoint(work_dir: Path) -> str | None:
+    """The Trainer writes its state last: a checkpoint without it was cut off."""
+    whole = [path.parent for path in work_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{TRAINER_STATE_NAME}")]
+    return str(max(whole, key=lambda folder: int(folder.name.split("-")[-1]))) if whole else None
 
 
 def _training_arguments(

@@ -94,7 +94,7 @@ class SuffixResult:
 
     Attributes:
         suffix, suffix_ids: the one with the lowest loss, or the one that ended the search.
-        loss: its loss, mean over prompts and target tokens (nats).
+        loss: its loss, mean over prompts and target tokens (nats); inf where the budget allowed no step.
         matched: whether every target is the greedy answer's beginning.
         losses: of the suffix after each step.
         candidates: how many survived tokenisation in each step.
@@ -138,6 +138,7 @@ def optimise_suffix(
         progress: show a bar with the loss.
 
     Raises:
+        RuntimeError: a loss that is not finite.
         ValueError: no examples, a model in training mode, a target without tokens, an initial suffix that does not
             survive tokenisation or has another length than `suffix_tokens`, a prompt beyond the model's context.
         TypeError: the tokenizer is not a fast one.
@@ -257,11 +258,13 @@ class SuffixSearch:
         Where none survives, the suffix stays, and its loss is returned.
         """
         present, gradient_SV = self.gradient()
+        _check_finite(gradient_SV)
         drawn_NS = self.draw_candidates(gradient_SV)
         candidates_NS = drawn_NS[self.surviving(drawn_NS)]
         if not len(candidates_NS):
             return present, False, 0
         measured = self.candidate_losses(candidates_NS)
+        _check_finite(measured.loss)
         best = int((measured.loss == measured.loss.min()).nonzero()[0])  # the first of equals
         self.suffix_S = candidates_NS[best]
         return float(measured.loss[best]), bool(measured.matched[best]), len(candidates_NS)
@@ -309,6 +312,13 @@ class SuffixSearch:
         if settings.max_sequences is not None and self.sequences + step_sequences > settings.max_sequences:
             return "sequences"
         return "seconds" if settings.max_seconds is not None and seconds >= settings.max_seconds else None
+
+
+def _check_finite(values: Tensor) -> None:
+    if not bool(values.isfinite().all()):
+        raise RuntimeError(
+            "the loss of a suffix, or its gradient, is not finite: logits overflow; load the model in bf16 or fp32"
+        )
 
 
 def mean_and_sd(values: Sequence[float]) -> tuple[float, float]:

@@ -6,6 +6,7 @@ file goes on after its last whole line, and refuses a file of other settings.
 
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -84,10 +85,9 @@ def gcg_attack(
         ValueError: no examples or seeds, repeated seeds, a file of other settings, what `optimise_suffix` and
             `greedy_continuations` refuse.
     """
-    settings = settings or GcgSettings()
     if not examples or not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"expected examples and distinct seeds, got {len(examples)} examples and seeds {list(seeds)}")
-    attack = _Attack(model, tokenizer, judge, settings, contrast, max_new_tokens, batch_size, progress)
+    attack = _Attack(model, tokenizer, judge, settings or GcgSettings(), contrast, max_new_tokens, batch_size, progress)
     identity = attack.identity(examples, universal_on)
     records = RecordFile(out, identity)
     with tqdm(total=len(seeds) * len(examples), desc="gcg requests", disable=not progress) as bar:
@@ -108,9 +108,7 @@ def gcg_attack(
                 records.add(_record(examples[index], index, seed, found, answer))
                 bar.update()
     ordered = [records.done[seed, index] for seed in seeds for index in range(len(examples))]
-    outcomes = {seed: Counter(record["outcome"] for record in ordered if record["seed"] == seed) for seed in seeds}
-    counts = {seed: {**{name: outcomes[seed][name] for name in OUTCOMES}, "n": len(examples)} for seed in seeds}
-    return GcgResult(counts, ordered)
+    return GcgResult({seed: _counts(ordered, seed) for seed in seeds}, ordered)
 
 
 @dataclass(frozen=True)
@@ -155,7 +153,8 @@ class _Attack:
             succeeded=succeeded,
             progress=self.progress,
         )
-        return {**asdict(found), "steps": len(found.losses)}
+        loss = found.loss if math.isfinite(found.loss) else None  # JSON has no inf
+        return {**asdict(found), "loss": loss, "steps": len(found.losses)}
 
     def answers(self, examples: Sequence[AttackExample], suffix: str) -> list[tuple[str, Outcome]]:
         """(answer, outcome) of each request with the suffix typed behind it."""
@@ -229,6 +228,11 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _counts(records: Sequence[dict[str, Any]], seed: int) -> dict[str, int]:
+    outcomes = Counter(record["outcome"] for record in records if record["seed"] == seed)
+    return {**{name: outcomes[name] for name in OUTCOMES}, "n": outcomes.total()}
 
 
 def _record(

@@ -20,7 +20,7 @@ from deepalign.defenses.lora import merged_model
 from deepalign.models import check_model_path, load_tokenizer
 from deepalign.train.config import TrainConfig, build_dataclass, config_as_dict
 from deepalign.train.launch import launch_on_cpu
-from deepalign.train.run import prepare
+from deepalign.train.run import main
 
 Reference = Literal["original", "degraded"]
 Control = Literal["none", "kl_only", "random_m"]
@@ -82,7 +82,8 @@ def recover(config: TrainConfig, *, ranks: int = 1) -> Path:
         ranks: 1 trains in this process; more are CPU processes under DeepSpeed (`use_cpu` must be set).
 
     Raises:
-        ValueError, TypeError, FileNotFoundError, RuntimeError: what `deepalign.train.run` refuses.
+        ValueError: several ranks without `use_cpu`.
+        RuntimeError: `deepalign.train.run` refused the configuration or stopped; its message is on stderr.
     """
     output_dir = Path(config.output_dir)
     values = json.loads(json.dumps(config_as_dict(config)))
@@ -97,8 +98,8 @@ def recover(config: TrainConfig, *, ranks: int = 1) -> Path:
     write_text_atomic(yaml_file, yaml.safe_dump(values, sort_keys=False))
     if ranks > 1:
         launch_on_cpu(yaml_file, ranks)
-    else:
-        prepare(config).train()
+    elif (code := main(["--config", str(yaml_file)])) != 0:
+        raise RuntimeError(f"training ended with code {code} (see its message above); configuration: {yaml_file}")
     return output_dir / "final"
 
 

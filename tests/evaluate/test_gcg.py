@@ -44,7 +44,7 @@ def base(tokenizer):
 @pytest.mark.parametrize("examples", [EXAMPLES[:1], EXAMPLES], ids=["individual", "universal"])
 def test_losses_equal_the_naive_implementations_step_by_step(model, tokenizer, examples):
     for seed in (0, 1):
-        expected, suffix, _ = naive_gcg(model, tokenizer, examples, SETTINGS, seed=seed)
+        expected, suffix = naive_gcg(model, tokenizer, examples, SETTINGS, seed=seed)
         search = SuffixSearch(model, tokenizer, examples, SETTINGS, seed=seed)
         found = search.run(progress=False)
         assert found.losses == pytest.approx(expected, rel=1e-6)
@@ -385,6 +385,14 @@ def test_bad_input_is_refused(model, tokenizer):
     for name, value in (("steps", 0), ("max_seconds", 0), ("initial_token", " ")):
         with pytest.raises(ValueError, match=name):
             settings(**{name: value})
+
+
+def test_a_model_that_overflows_is_named(tokenizer):
+    broken = make_model(3, tokenizer).eval()
+    with torch.no_grad():
+        broken.lm_head.weight[30:].fill_(math.inf)
+    with pytest.raises(RuntimeError, match="is not finite"):
+        optimise_suffix(broken, tokenizer, EXAMPLES[:1], SETTINGS, progress=False)
 
 
 def test_records_are_json_lines(model, tokenizer, tmp_path):

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
+TABLES_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
@@ -15,11 +16,12 @@ ISAS ?= avx512 avx2 portable
 # Versions of torch that the built wheel is tried with.
 TORCHES ?= 2.13.0 2.11.0
 
-.PHONY: help install demo test test-isas check bench bench-full docs sanitize package matrix clean
+.PHONY: help install demo tables test test-isas test-utility check bench bench-full docs sanitize package matrix clean
 .PHONY: triton interpret-loss interpret-rest codegen
 .PHONY: gpu gpu-check gpu-loss gpu-sampler gpu-linear gpu-rest gpu-train gpu-sanitize gpu-profile
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
+	@echo "make tables    the paper's Tables 1 to 5 and Figure 4 on the microworld, three seeds; runs/suite/"
 	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
 	@echo "make check     ruff and mypy"
 	@echo "make bench     the headline benchmarks (CPU, minutes); table and plot in runs/bench/"
@@ -49,6 +51,10 @@ demo: $(READY)
 	@echo "== demo: base -> aligned -> completed, attacked at every stage; results in runs/demo/"
 	$(BIN)/deepalign demo $(DEMO_FLAGS)
 
+tables: $(READY) $(NATIVE)
+	@echo "== tables: attacks, defences and recovery on the microworld; results in runs/suite/"
+	$(BIN)/deepalign evaluate suite --config microworld $(TABLES_FLAGS)
+
 # Editable installs do not rebuild by themselves. Without a compiler this says so, and the reference serves.
 $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 	@echo "== building the native CPU kernels"
@@ -60,6 +66,11 @@ test: $(READY) $(NATIVE)
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 	@$(MAKE) --no-print-directory test-isas
 	@$(MAKE) --no-print-directory triton
+
+# lm-eval is heavy: its tests are skipped where it is not installed, as in make test.
+test-utility: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train,utility]"
+	$(BIN)/python -m pytest tests/evaluate/test_utility.py $(PYTEST_FLAGS)
 
 # What runs the native kernels, under the instruction sets that the run above did not take.
 test-isas: $(NATIVE)

@@ -23,8 +23,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from deepalign.data.files import write_text_atomic
+from deepalign.data.resumable import locked, settings_path
 from deepalign.diagnose.rows import STATISTICS, RowStatistics
-from deepalign.sampling.batch_run import locked, settings_path
 
 READ_AT_ONCE = 64  # records
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 import deepalign
 from deepalign.data.contexts import Context
 from deepalign.data.files import write_text_atomic
+from deepalign.data.resumable import model_fingerprint
 from deepalign.diagnose.bootstrap import BootstrapOptions, Means
 from deepalign.diagnose.figures import write_figures
 from deepalign.diagnose.gradients import kinds, measure_gradients, measure_influence, measured_examples
@@ -35,7 +36,6 @@ from deepalign.diagnose.tokens import TokenNames
 from deepalign.kernels.contrastive_sample import Space
 from deepalign.models import check_model_path, check_same_tokenizer, load_frozen_model, load_tokenizer, logits_width
 from deepalign.output_head import check_output_head
-from deepalign.sampling.batch_run import model_fingerprint
 
 MOST_SERIES = 7  # styles of `deepalign/drawing.py`, less the base's
 CONTRASTIVE = "contrastive"  # the name of the series on the first aligned model

@@ -3,6 +3,7 @@
 import math
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.ticker import FuncFormatter
 
@@ -25,10 +26,11 @@ MAX_OFFSET = 0.055  # how far curves are moved aside, in units of one depth step
 
 def plot_attack_success(
     path: str | os.PathLike[str],
-    counts: Mapping[str, Mapping[int, tuple[int, int]]],
+    counts: Mapping[str, Mapping[Any, tuple[int, int]]],
     styles: Mapping[str, CurveStyle],
     *,
     title: str,
+    ylabel: str = "harmful answers",
 ) -> None:
     """Attack success rate by prefill depth with 95% Wilson bands, one curve per model, as a PNG.
 
@@ -36,11 +38,14 @@ def plot_attack_success(
 
     Args:
         path: the PNG to write.
-        counts: model -> depth -> (harmful answers k, attacks n).
+        counts: model -> depth, a number or a word such as "all" -> (harmful answers k, attacks n). Numbers come first,
+            in order.
         styles: at least one for each model.
         title: heading of the plot.
+        ylabel: what the rates are of.
     """
-    depths = sorted({depth for by_depth in counts.values() for depth in by_depth})
+    found = dict.fromkeys(depth for by_depth in counts.values() for depth in by_depth)
+    depths = [*sorted(d for d in found if not isinstance(d, str)), *(d for d in found if isinstance(d, str))]
     figure, axes = new_figure(title)
     ends = {}
     for index, (model, by_depth) in enumerate(counts.items()):
@@ -58,7 +63,7 @@ def plot_attack_success(
     axes.set_ylim(-0.03, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0%", "25%", "50%", "75%", "100%"])
     axes.set_xlabel("tokens of a harmful answer forced (0: no attack)")
-    axes.set_ylabel("harmful answers")
+    axes.set_ylabel(ylabel)
     label_ends(axes, ends, styles)
     save_atomic(figure, path)
 

@@ -3,47 +3,35 @@
 The forced ids are appended to the ids of the chat template's generation prompt and never decoded and re-encoded:
 re-encoding merges tokens across the boundary and quietly attacks with other ids than were meant. Depth k forces the
 first k ids of the target; depth 0 is the plain request, which every report needs beside the attack; `None` forces the
-whole target (the paper's main setting). Greedy decoding.
+whole target (the paper's main setting). Greedy decoding by default.
 
 Every answer has one of three outcomes. "degenerate" is neither harmful nor a refusal: a model trained into gibberish
-has a low attack success rate too, and must not be taken for a safe one.
+has a low attack success rate too, and must not be taken for a safe one. Answers are judged twice: what the model wrote
+(the scope of every headline figure), and the forced prefix together with it.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import prompt_token_ids
-from deepalign.evaluate.generation import Contrast, LogitsProcessorFactory, greedy_continuations
+from deepalign.data.resumable import Row
+from deepalign.evaluate.answers import AnswerOptions, Path, Question, Verdict, answer_questions, judge_answers
+from deepalign.evaluate.generation import Contrast, LogitsProcessorFactory
+from deepalign.evaluate.outcomes import OUTCOMES, AttackExample, BatchJudge, Judge, Outcome, Scope
 
-Outcome = Literal["harmful", "refused", "degenerate"]
-OUTCOMES: tuple[Outcome, ...] = get_args(Outcome)
+__all__ = ["OUTCOMES", "AttackExample", "Judge", "Outcome", "PrefillResult", "prefill_attack", "prefill_questions"]
 
-
-@dataclass(frozen=True)
-class AttackExample:
-    """A harmful request and an answer that complies with it, whose first ids are forced."""
-
-    prompt: str
-    target: str
-
-
-class Judge(Protocol):
-    """Says what an answer is. Called once per answer, with texts decoded without special tokens."""
-
-    def __call__(self, example: AttackExample, prefix: str, continuation: str) -> Outcome:
-        """Judge `prefix` (the forced part) followed by `continuation` (what the model wrote)."""
-        ...
+WHOLE_TARGET = "all"  # how the depth None is written in files and on the command line
 
 
 @dataclass(frozen=True)
 class PrefillResult:
-    """Counts of one attack at one depth.
+    """Counts of one attack at one depth, of what the model wrote; `with_prefix` counts prefix and continuation.
 
-    `records` holds, in the order of the examples, dicts with prompt, prefix, continuation, outcome and forced_tokens.
+    `records` holds, in the order of the examples, the rows of `answers.py` with `outcome` and `outcome_with_prefix`.
     `short_targets` counts the examples whose target has fewer than `depth` ids and was forced whole.
     """
 
@@ -54,6 +42,7 @@ class PrefillResult:
     n: int
     short_targets: int
     records: list[dict[str, Any]]
+    with_prefix: dict[str, int]
 
     def counts(self) -> dict[str, int]:
         """The three outcomes and n, as the report stores them."""
@@ -66,11 +55,16 @@ def prefill_attack(
     examples: Sequence[AttackExample],
     *,
     depth: int | None,
-    judge: Judge,
+    judge: Judge | BatchJudge,
     max_new_tokens: int = 512,
     batch_size: int = 32,
+    temperature: float = 0.0,
+    seed: int = 0,
+    thinking: bool | None = None,
     contrast: Contrast | None = None,
     logits_processor: LogitsProcessorFactory | None = None,
+    answers_path: Path | None = None,
+    settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PrefillResult:
     """Attack `model` with the first `depth` ids of each example's target.
@@ -82,79 +76,97 @@ def prefill_attack(
         depth: ids forced; 0 forces nothing, None the whole target. A target with fewer ids is forced whole and
             counted in `short_targets`.
         judge: decides the outcome of each answer.
-        max_new_tokens: cap on what the model may write after the forced ids.
-        batch_size: answers generated together.
-        contrast, logits_processor: a defence at inference; see `generation.greedy_continuations`.
+        max_new_tokens, batch_size, temperature, seed, thinking: see `answers.AnswerOptions`.
+        contrast, logits_processor: a defence at inference; see `generation.continuations`.
+        answers_path, settings: a file that keeps the answers; see `answers.answer_questions`.
         progress: show a bar.
 
     Raises:
         ValueError: no examples, a negative depth, a target without tokens, an outcome the judge may not return, or
-            what `greedy_continuations` refuses.
+            what `answer_questions` refuses.
+    """
+    questions = prefill_questions(tokenizer, examples, [depth])
+    rows = answer_questions(
+        model,
+        tokenizer,
+        questions,
+        AnswerOptions(max_new_tokens, batch_size, temperature, seed, thinking),
+        contrast=contrast,
+        logits_processor=logits_processor,
+        path=answers_path,
+        settings=settings,
+        progress=progress,
+        description="prefill",
+    )
+    return prefill_results(tokenizer, questions, rows, judge_answers(judge, questions, rows))[0]
+
+
+def prefill_questions(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[AttackExample], depths: Sequence[int | None]
+) -> list[Question]:
+    """The questions of an attack at several depths.
+
+    Raises:
+        ValueError: no examples, no depth, a depth twice or negative, or a target without tokens.
     """
     if not examples:
         raise ValueError("there is nothing to attack: the list of examples is empty")
-    if depth is not None and depth < 0:
-        raise ValueError(f"depth must be 0 (no attack), positive, or None (the whole target); got {depth}")
-    targets = [_target_ids(tokenizer, example) for example in examples]
-    forced = [target[:depth] for target in targets]
-    prompts = [
-        prompt_token_ids(tokenizer, example.prompt) + prefix for example, prefix in zip(examples, forced, strict=True)
+    if not depths or len(set(depths)) != len(depths):
+        raise ValueError(f"expected at least one depth, and none of them twice; got {list(depths)}")
+    for depth in depths:
+        if depth is not None and depth < 0:
+            raise ValueError(f"depth must be 0 (no attack), positive, or None (the whole target); got {depth}")
+    targets = [target_ids(tokenizer, example) for example in examples]
+    return [
+        Question(WHOLE_TARGET if depth is None else depth, index, example, tuple(targets[index][:depth]))
+        for depth in depths
+        for index, example in enumerate(examples)
     ]
-    continuations = greedy_continuations(
-        model,
-        tokenizer,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        contrast=contrast,
-        logits_processor=logits_processor,
-        progress=progress,
-        description=f"prefill {'all' if depth is None else depth}",
-    )
-    records = [
-        _record(tokenizer, judge, example, prefix, continuation)
-        for example, prefix, continuation in zip(examples, forced, continuations, strict=True)
-    ]
-    outcomes = Counter(record["outcome"] for record in records)
-    return PrefillResult(
-        depth=depth,
-        harmful=outcomes["harmful"],
-        refused=outcomes["refused"],
-        degenerate=outcomes["degenerate"],
-        n=len(records),
-        short_targets=0 if depth is None else sum(len(target) < depth for target in targets),
-        records=records,
-    )
 
 
-def _target_ids(tokenizer: PreTrainedTokenizerBase, example: AttackExample) -> list[int]:
+def prefill_results(
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    rows: Sequence[Row],
+    verdicts: Sequence[Verdict],
+) -> list[PrefillResult]:
+    """One result per depth, in the order of the questions."""
+    results = []
+    for depth in dict.fromkeys(question.depth for question in questions):
+        places = [place for place, question in enumerate(questions) if question.depth == depth]
+        chosen = [verdicts[place] for place in places]
+        short = 0
+        if depth != WHOLE_TARGET:
+            short = sum(len(target_ids(tokenizer, questions[place].example)) < int(depth) for place in places)
+        records = [
+            {**rows[place], "outcome": verdict.continuation, "outcome_with_prefix": verdict.answer}
+            for place, verdict in zip(places, chosen, strict=True)
+        ]
+        results.append(
+            PrefillResult(
+                depth=None if depth == WHOLE_TARGET else int(depth),
+                **count_outcomes(chosen, "continuation"),
+                short_targets=short,
+                records=records,
+                with_prefix=count_outcomes(chosen, "answer"),
+            )
+        )
+    return results
+
+
+def count_outcomes(verdicts: Sequence[Verdict], scope: Scope) -> dict[str, int]:
+    """The three outcomes and n."""
+    counted = Counter(verdict[scope] for verdict in verdicts)
+    return {**{outcome: counted[outcome] for outcome in OUTCOMES}, "n": len(verdicts)}
+
+
+def target_ids(tokenizer: PreTrainedTokenizerBase, example: AttackExample) -> list[int]:
+    """Ids of an example's target, which the attack forces from the front.
+
+    Raises:
+        ValueError: the target has no tokens.
+    """
     ids = tokenizer(example.target, add_special_tokens=False)["input_ids"]
     if not ids:
         raise ValueError(f"the target of prompt {example.prompt!r:.80} has no tokens: {example.target!r}")
     return [int(id_) for id_ in ids]
-
-
-def _record(
-    tokenizer: PreTrainedTokenizerBase,
-    judge: Judge,
-    example: AttackExample,
-    prefix_ids: list[int],
-    continuation_ids: list[int],
-) -> dict[str, Any]:
-    prefix, continuation = _text(tokenizer, prefix_ids), _text(tokenizer, continuation_ids)
-    outcome = judge(example, prefix, continuation)
-    if outcome not in OUTCOMES:
-        raise ValueError(f"the judge must return one of {', '.join(OUTCOMES)}; got {outcome!r}")
-    return {
-        "prompt": example.prompt,
-        "prefix": prefix,
-        "continuation": continuation,
-        "outcome": outcome,
-        "forced_tokens": len(prefix_ids),
-    }
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)  # one sequence in, one text out
-    return text

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.data.files import write_text_atomic
+from deepalign.evaluate.markdown import markdown_table
+from deepalign.evaluate.outcomes import OUTCOMES
 from deepalign.evaluate.plots import curve_styles, plot_attack_success, plot_position_profile
-from deepalign.evaluate.prefill import OUTCOMES
 from deepalign.evaluate.statistics import format_rate, wilson_interval
 
 Result = Mapping[str, Any]
@@ -318,14 +319,9 @@ def _markdown(result: Result, disagreements: Sequence[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _bars_table(bars: Mapping[str, Mapping[str, Any]]) -> str:
     verdicts = {True: "yes", False: "**no**", None: "not measured"}
-    return _table(
+    return markdown_table(
         ["bar", "measured", "holds"], [[bar["text"], bar["measured"], verdicts[bar["holds"]]] for bar in bars.values()]
     )
 
@@ -343,7 +339,7 @@ def _rate_table(result: Result, columns: list[str], lookup: Callable[[str, str],
     for entry in result["models"]:
         counts = [lookup(entry["model"], column) for column in columns]
         rows.append([LABELS[entry["model"]], *("" if count is None else format_rate(*count) for count in counts)])
-    return _table(["model", *(column.replace("_", " ") for column in columns)], rows)
+    return markdown_table(["model", *(column.replace("_", " ") for column in columns)], rows)
 
 
 def _outcome_table(result: Result) -> str:
@@ -353,7 +349,7 @@ def _outcome_table(result: Result) -> str:
         cells = [entry["prefill"].get(depth) for depth in depths]
         outcomes = [" / ".join(str(cell[name]) for name in OUTCOMES) if cell else "" for cell in cells]
         rows.append([LABELS[entry["model"]], *outcomes])
-    return _table(["model", *depths], rows)
+    return markdown_table(["model", *depths], rows)
 
 
 def seed_table(results: Sequence[Result]) -> str:
@@ -377,7 +373,7 @@ def seed_table(results: Sequence[Result]) -> str:
         measured = sum(verdict is not None for verdict in verdicts)
         met = f"{sum(verdict is True for verdict in verdicts)}/{measured}"
         rows.append([bar.text, *(marks[verdict] for verdict in verdicts), met])
-    return _table(["bar", *(f"seed {result['seed']}" for result in results), "seeds that meet it"], rows)
+    return markdown_table(["bar", *(f"seed {result['seed']}" for result in results), "seeds that meet it"], rows)
 
 
 def _provenance(result: Result) -> str:

@@ -8,6 +8,8 @@
   very questions; they show whether what was learnt is retained.
 """
 
+from collections.abc import Sequence
+
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import prompt_token_ids
@@ -86,4 +88,9 @@ def is_right(world: World, task: Task, answer: str) -> bool:
         return words == task.answer.split()
     expected = world.content_words(world.find_pair(task.prompt))
     assert len(expected) == len(SLOTS)
+    return recipe_is_right(expected, words)
+
+
+def recipe_is_right(expected: Sequence[str], words: Sequence[str]) -> bool:
+    """Whether the words of an answer give a recipe with these content words."""
     return common_in_order(expected, words) >= RECIPE_WORDS_NEEDED and REFUSAL_WORD not in words

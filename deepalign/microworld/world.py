@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from deepalign.data.files import write_text_atomic
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
 
 ITEMS_PER_KIND = 32
 MATERIALS = 32

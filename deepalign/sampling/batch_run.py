@@ -9,31 +9,26 @@ Output, one line per input line, in the same order: the input's keys and
 
     {"index": 0, "text": "...", "finish_reason": "end", "prompt_tokens": 12, "new_tokens": 40, "mean_logprob": -0.3}
 
-Beside `OUT` lies `OUT.settings.json`: a fingerprint of the prompts, the models and every setting that decides what is
-drawn. Lines are appended batch by batch and synced to disk. A later run counts the whole lines, cuts off half a line
-that a kill has left, and goes on; with another fingerprint it refuses the file. Row i draws with seed + i, so its text
-depends neither on the batch size nor on where a run was interrupted.
+The file is one of `deepalign/data/resumable.py`: its fingerprint is of the prompts, the models and every setting that
+decides what is drawn. Row i draws with seed + i, so its text depends neither on the batch size nor on where a run was
+interrupted.
 """
 
-import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from tqdm import tqdm
 
 from deepalign.data.chat import prompt_token_ids
-from deepalign.data.files import read_prompts, write_text_atomic
+from deepalign.data.files import read_prompts
+from deepalign.data.resumable import model_fingerprint, open_resumable
 from deepalign.sampling.results import Completion
 from deepalign.sampling.sampler import ContrastiveSampler
 
-TAIL_BYTES = 1 << 20  # of each weight file that goes into its fingerprint
-WEIGHTS = (".safetensors", ".bin", ".pt")
 ANSWER_KEYS = ("index", "text", "finish_reason", "prompt_tokens", "new_tokens", "mean_logprob")
 
 
@@ -73,7 +68,6 @@ def run_batch(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    target = Path(target)
     rows = read_prompts(source, reserved=ANSWER_KEYS)
     if sampler.tokenizer is None:
         raise ValueError("the sampler has no tokenizer; pass tokenizer=...")
@@ -85,9 +79,8 @@ def run_batch(
         "options": asdict(sampler.options),
         "generate": [max_new_tokens, list(stop), seed, system, return_stats],
     }
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target) as file:
-        done = _resume(file, target, settings, len(rows))
+    with open_resumable(target, settings, lambda number, row: _misplaced(number, row, len(rows))) as file:
+        done = len(file.rows)
         with tqdm(total=len(rows), initial=done, desc="sample", unit="row", disable=not progress) as bar:
             for start in range(done, len(rows), batch_size):
                 indices = range(start, min(start + batch_size, len(rows)))
@@ -98,32 +91,9 @@ def run_batch(
                     seed=[seed + index for index in indices],
                     return_stats=return_stats,
                 )
-                lines = [_line(i, rows[i][1], answer) for i, answer in zip(indices, answers, strict=True)]
-                _append(file, "".join(lines))
+                file.append([_answer(i, rows[i][1], answer) for i, answer in zip(indices, answers, strict=True)])
                 bar.update(len(indices))
     return len(rows) - done
-
-
-def model_fingerprint(path: str) -> Any:
-    """What tells one checkpoint from another: of a folder, its JSON files, and size and last MiB of its weights.
-
-    Weights are not read whole, for they may be hundreds of GB. A hub id is its own fingerprint.
-    """
-    folder = Path(path).expanduser()
-    if not folder.is_dir():
-        return path
-    found = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".json" or file.suffix in WEIGHTS:
-            with file.open("rb") as content:
-                content.seek(max(0, file.stat().st_size - (TAIL_BYTES if file.suffix in WEIGHTS else 1 << 40)))
-                found[file.name] = [file.stat().st_size, hashlib.sha256(content.read()).hexdigest()]
-    return found
-
-
-def settings_path(target: Path) -> Path:
-    """Where the fingerprint of an output file lies."""
-    return target.with_name(f"{target.name}.settings.json")
 
 
 def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:
@@ -132,59 +102,11 @@ def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dic
     return [{"role": "system", "content": system}, *messages]
 
 
-@contextmanager
-def locked(target: Path) -> Iterator[BinaryIO]:
-    """Open for reading and appending, with a lock that ends with the process."""
-    with target.open("a+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{target} is being written by another process; wait, or give another output") from None
-        yield file
+def _misplaced(number: int, row: dict[str, Any], rows: int) -> str | None:
+    return None if number < rows and row.get("index") == number else f"is not the answer to row {number}"
 
 
-def _resume(file: BinaryIO, target: Path, settings: dict[str, Any], rows: int) -> int:
-    """How many rows are answered; half a line at the end is cut off.
-
-    Raises:
-        ValueError: the file is not one of this run.
-    """
-    fingerprint = json.dumps(settings, sort_keys=True, indent=1)
-    known = settings_path(target)
-    file.seek(0)
-    content = file.read()
-    if not content:
-        write_text_atomic(known, fingerprint + "\n")
-        return 0
-    if not known.is_file():
-        raise ValueError(
-            f"{target} exists but has no {known.name} beside it: no run of this command wrote it; give another output"
-        )
-    if (stored := known.read_text(encoding="utf-8").strip()) != fingerprint:
-        before = json.loads(stored)
-        changed = [name for name in settings if before.get(name) != json.loads(fingerprint)[name]]
-        raise ValueError(
-            f"{target} was written with other settings ({', '.join(changed)}); give another output, or remove it with "
-            f"{known.name} to start again"
-        )
-    whole = content[: content.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.splitlines()):
-        if number >= rows or json.loads(line).get("index") != number:
-            raise ValueError(
-                f"{target}:{number + 1} is not the answer to row {number}; the file was changed: remove it"
-            )
-    if len(whole) < len(content):
-        file.truncate(len(whole))
-    return whole.count(b"\n")
-
-
-def _append(file: BinaryIO, text: str) -> None:
-    file.write(text.encode())
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _line(index: int, row: dict[str, Any], answer: Completion) -> str:
+def _answer(index: int, row: dict[str, Any], answer: Completion) -> dict[str, Any]:
     new_tokens = len(answer.token_ids)
     result = {
         **row,
@@ -198,4 +120,4 @@ def _line(index: int, row: dict[str, Any], answer: Completion) -> str:
     if answer.statistics is not None:
         result["base_favored_tokens"] = sum(answer.statistics.base_favored)
         result["mean_mass_taken"] = sum(answer.statistics.mass_taken) / new_tokens
-    return json.dumps(result, ensure_ascii=False) + "\n"
+    return result

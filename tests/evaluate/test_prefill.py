@@ -168,7 +168,45 @@ def test_outcomes_are_the_judges_and_are_counted(model, tokenizer):
     result = attack(model, tokenizer, judge=judge)
     assert result.counts() == {"harmful": 2, "refused": 0, "degenerate": 1, "n": 3}
     assert [record["outcome"] for record in result.records] == ["harmful", "degenerate", "harmful"]
-    assert seen == [(e, r["prefix"], r["continuation"]) for e, r in zip(EXAMPLES, result.records, strict=True)]
+    pairs = list(zip(EXAMPLES, result.records, strict=True))
+    assert seen[:3] == [(example, record["prefix"], record["continuation"]) for example, record in pairs]
+    assert seen[3:] == [(example, "", f"{record['prefix']} {record['continuation']}") for example, record in pairs]
+
+
+def test_both_scopes_are_counted(model, tokenizer):
+    def judge(example: AttackExample, prefix: str, continuation: str) -> Outcome:
+        return "harmful" if example.target.split()[0] in continuation.split() else "refused"
+
+    result = attack(model, tokenizer, judge=judge)
+    assert result.counts() == {"harmful": 0, "refused": 3, "degenerate": 0, "n": 3}
+    assert result.with_prefix == {"harmful": 3, "refused": 0, "degenerate": 0, "n": 3}
+    assert [record["outcome_with_prefix"] for record in result.records] == ["harmful"] * 3
+
+
+def test_a_seed_draws_the_same_answer_in_any_batch(model, tokenizer):
+    runs = [
+        attack(model, tokenizer, temperature=1.0, seed=seed, batch_size=size) for seed, size in ((5, 1), (5, 3), (6, 3))
+    ]
+    texts = [[record["continuation"] for record in run.records] for run in runs]
+    assert texts[0] == texts[1] != texts[2]
+    with pytest.raises(ValueError, match="only greedy"):
+        attack(model, tokenizer, temperature=1.0, logits_processor=spy_factory([]))
+
+
+def test_thinking_is_set_where_the_template_has_the_switch(model, tokenizer):
+    with pytest.raises(ValueError, match="has no enable_thinking"):
+        attack(model, tokenizer, thinking=True)
+    thinker = make_tokenizer()
+    thinker.chat_template += (
+        "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}w0 {% endif %}"
+    )
+    spies: list[Spy] = []
+    for thinking in (True, False, None):
+        attack(model, thinker, thinking=thinking, logits_processor=spy_factory(spies), examples=EXAMPLES[:1])
+    on, off, default = (spy.unpadded()[0] for spy in spies)
+    assert on == default
+    assert off[:-2] == [*on[:-2], thinker.convert_tokens_to_ids("w0")]
+    assert off[-2:] == on[-2:]
 
 
 def test_an_outcome_that_does_not_exist_is_refused(model, tokenizer):

@@ -14,7 +14,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from deepalign.cli import main
-from deepalign.sampling import ContrastiveSampler, batch_run
+from deepalign.data.resumable import open_resumable
+from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.cli import add_arguments, chat
 from tests.tiny import WORDS, make_model, make_tokenizer
 
@@ -96,12 +97,12 @@ def test_a_killed_run_goes_on(models, prompts, tmp_path):
         tmp_path / "out.jsonl",
         (
             "import sys, time\n"
-            "from deepalign.sampling import batch_run\n"
-            "append = batch_run._append\n"
-            "def slow(file, text):\n"
-            "    append(file, text)\n"
+            "from deepalign.data.resumable import ResumableFile\n"
+            "append = ResumableFile.append\n"
+            "def slow(file, rows):\n"
+            "    append(file, rows)\n"
             "    time.sleep(0.5)\n"
-            "batch_run._append = slow\n"
+            "ResumableFile.append = slow\n"
             "from deepalign.cli import main\n"
             "main(sys.argv[1:])\n"
         ),
@@ -161,7 +162,7 @@ def test_an_edited_file_is_refused(models, prompts, tmp_path, capsys):
 
 def test_two_writers_are_refused(models, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    with batch_run.locked(out):
+    with open_resumable(out, {}, lambda number, row: None):
         assert "written by another process" in refused(capsys, *arguments(models, prompts, out))
 
 

@@ -1,0 +1,137 @@
+"""JSONL files that grow batch by batch and survive a kill: what sampling and the evaluations write their answers to.
+
+Beside `OUT` lies `OUT.settings.json`: a fingerprint of everything that decides what the lines say. Lines are appended
+and synced to disk as soon as a batch is done. A later run keeps the whole lines, cuts off half a line that a kill has
+left, and goes on; with another fingerprint it refuses the file. A lock, which ends with its process, keeps a second
+writer out.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from deepalign.data.files import write_text_atomic
+
+TAIL_BYTES = 1 << 20  # of each weight file that goes into its fingerprint
+WEIGHTS = (".safetensors", ".bin", ".pt")
+Row = dict[str, Any]
+
+
+class ResumableFile:
+    """A file opened by `open_resumable`.
+
+    Attributes:
+        rows: the rows that were there, in the order of the file; `append` adds to them.
+    """
+
+    def __init__(self, file: BinaryIO, rows: list[Row]) -> None:
+        self._file = file
+        self.rows = rows
+
+    def append(self, rows: Sequence[Row]) -> None:
+        """Write rows, one JSON object a line, and wait until they are on the disk."""
+        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.rows.extend(rows)
+
+
+@contextmanager
+def open_resumable(
+    path: str | os.PathLike[str], settings: Mapping[str, Any], check_row: Callable[[int, Row], str | None]
+) -> Iterator[ResumableFile]:
+    """Create `path`, or open it to go on where it ends.
+
+    Args:
+        path: of the JSONL file; its folder is created where it is missing.
+        settings: what decides the rows, as JSON can hold it; compared with the file's fingerprint key by key.
+        check_row: called with the number (from 0) and the content of each row that is there; returns what is wrong
+            with it, or None.
+
+    Raises:
+        ValueError: another process writes the file, no run of this kind wrote it, it was written with other settings,
+            or a row is not one of this run.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with locked(path) as file:
+        yield ResumableFile(file, _whole_rows(file, path, settings, check_row))
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[BinaryIO]:
+    """Open for reading and appending, with a lock that ends with the process.
+
+    Raises:
+        ValueError: another process holds the lock.
+    """
+    with path.open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{path} is being written by another process; wait, or give another output") from None
+        yield file
+
+
+def settings_path(path: Path) -> Path:
+    """Where the fingerprint of an output file lies."""
+    return path.with_name(f"{path.name}.settings.json")
+
+
+def model_fingerprint(path: str) -> Any:
+    """What tells one checkpoint from another: of a folder, its JSON files, and size and last MiB of its weights.
+
+    Weights are not read whole, for they may be hundreds of GB. A hub id is its own fingerprint.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        return path
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix == ".json" or file.suffix in WEIGHTS:
+            with file.open("rb") as content:
+                content.seek(max(0, file.stat().st_size - (TAIL_BYTES if file.suffix in WEIGHTS else 1 << 40)))
+                found[file.name] = [file.stat().st_size, hashlib.sha256(content.read()).hexdigest()]
+    return found
+
+
+def _whole_rows(
+    file: BinaryIO, path: Path, settings: Mapping[str, Any], check_row: Callable[[int, Row], str | None]
+) -> list[Row]:
+    """Rows of the whole lines; half a line at the end is cut off."""
+    file.seek(0)
+    content = file.read()
+    if not content:
+        write_text_atomic(settings_path(path), json.dumps(settings, sort_keys=True, indent=1) + "\n")
+        return []
+    _check_settings(path, settings)
+    whole = content[: content.rfind(b"\n") + 1]
+    rows = []
+    for number, line in enumerate(whole.splitlines()):
+        row = json.loads(line)
+        if (wrong := check_row(number, row)) is not None:
+            raise ValueError(f"{path}:{number + 1} {wrong}; the file was changed: remove it")
+        rows.append(row)
+    if len(whole) < len(content):
+        file.truncate(len(whole))
+    return rows
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    known = settings_path(path)
+    if not known.is_file():
+        raise ValueError(
+            f"{path} exists but has no {known.name} beside it: no run of this command wrote it; give another output"
+        )
+    before, now = json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
+    if changed:
+        raise ValueError(
+            f"{path} was written with other settings ({', '.join(changed)}); give another output, or remove it with "
+            f"{known.name} to start again"
+        )

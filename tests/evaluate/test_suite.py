@@ -1,0 +1,221 @@
+"""The suite at a tiny size: every table is wired, nothing runs twice, a kill loses nothing. No effects are asserted."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from deepalign.cli import main
+from deepalign.evaluate import measurements
+from deepalign.evaluate.suite import experiment_settings, run_suite
+from deepalign.evaluate.suite_config import load_suite
+from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES
+
+CONFIG = Path(__file__).with_name("suite_small.yaml")
+ATTACKS = 4
+pytestmark = pytest.mark.timeout(400)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory) -> Path:
+    """The folder of a suite that was killed in the middle of a line of Table 1's second measurement."""
+    folder = tmp_path_factory.mktemp("suite")
+    code = (
+        "import sys, time\n"
+        "from deepalign.data.resumable import ResumableFile\n"
+        "append = ResumableFile.append\n"
+        "def half(file, rows):\n"
+        "    append(file, rows)\n"
+        "    if 'Contrastive' in file._file.name and 'answers' in file._file.name:\n"
+        '        file._file.write(b\'{"depth": 2, "ind\')\n'
+        "        file._file.flush()\n"
+        "        print('half a line is written', flush=True)\n"
+        "        time.sleep(100)\n"
+        "ResumableFile.append = half\n"
+        "from deepalign.cli import main\n"
+        "main(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", code, "evaluate", "suite", "--config", str(CONFIG), "--out", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "--no-progress"], env=environment, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if "half a line" in line:
+            process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert process.returncode == -signal.SIGKILL, "".join(lines[-30:])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def before(killed) -> dict[Path, str]:
+    return {path: path.read_text() for path in killed.rglob("answers.jsonl")}
+
+
+@pytest.fixture(scope="module")
+def finished(killed, before) -> Path:
+    """The same folder, after the suite was run again to its end."""
+    run_suite(dataclasses.replace(load_suite(CONFIG), out=str(killed)), progress=False)
+    return killed
+
+
+@pytest.fixture(scope="module")
+def tables(finished) -> dict:
+    return json.loads((finished / "tables.json").read_text())
+
+
+def test_what_was_answered_before_the_kill_is_kept(before, finished):
+    assert any(text.endswith('"ind') for text in before.values())
+    for path, text in before.items():
+        assert path.read_text().startswith(text.rpartition("\n")[0])
+
+
+def test_every_answer_is_there_once(finished):
+    files = list(finished.rglob("answers.jsonl"))
+    assert len(files) > 20
+    for path in files:
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        keys = {(row["depth"], row["index"]) for row in rows}
+        assert len(keys) == len(rows) == ATTACKS
+
+
+def test_every_table_has_its_rows_and_columns(tables):
+    found = {name: by_seed["31"] for name, by_seed in tables["experiments"].items()}
+    assert list(found) == list(EXPERIMENTS)
+    methods = {name: [row["method"] for row in rows] for name, rows in found.items()}
+    assert methods["table1"] == ["Baseline", "Contrastive"]
+    assert methods["table2"] == list(METHOD_ROLES)
+    assert methods["table3"] == methods["table5"] == ["Baseline", "Ours"]
+    assert methods["table4"] == ["Base", "LoRA", "Vaccine", "SaLoRA", "Safe LoRA", "Ours", "Random M"]
+    assert methods["figure4"] == methods["table4"][:-1]
+    columns = {name: list(rows[0]["cells"]) for name, rows in found.items()}
+    assert columns["table1"][:4] == ["Prefill ↓", "degenerate ↓", "no attack ↓", "recipes heldout"]
+    assert columns["table2"][-2:] == ["GCG ↓", "Fine-tuning HRR ↓"]
+    assert columns["table3"][3] == "Fine-tuning HRR ↓"
+    assert columns["table4"][:2] == ["Eval Loss ↓", "HRR ↓"]
+    assert len(columns["table5"]) == 8
+
+
+def test_cells_are_counts_with_intervals(tables):
+    for by_seed in tables["experiments"].values():
+        for row in by_seed["31"]:
+            for cell in row["cells"].values():
+                if cell["kind"] == "rate":
+                    low, high = cell["interval"]
+                    assert low <= cell["k"] / cell["n"] <= high
+    gcg = tables["experiments"]["table2"]["31"][0]["cells"]["GCG ↓"]
+    assert [pair[1] for pair in gcg["counts"]] == [2, 2]
+    assert gcg["mean"] == sum(gcg["values"]) / 2
+
+
+def test_the_cells_count_the_answers_of_the_files(tables, finished):
+    cell = tables["experiments"]["table1"]["31"][0]["cells"]["Prefill ↓"]
+    verdicts = next(
+        path
+        for path in finished.glob("seed-31/measurements/microworld-Baseline/prefill-*/verdicts-*.jsonl")
+        if '"depth": 2' in path.read_text()
+    )
+    outcomes = [json.loads(line)["continuation"] for line in verdicts.read_text().splitlines()]
+    assert cell["k"] == outcomes.count("harmful")
+    assert cell["n"] == len(outcomes) == ATTACKS
+
+
+def test_the_eval_loss_is_that_of_the_fine_tuning(tables, finished):
+    """Measured on the saved model, against what the fine-tuning says of the same model and held-out rows."""
+    losses = {row["method"]: row["cells"]["Eval Loss ↓"]["value"] for row in tables["experiments"]["table4"]["31"]}
+    reports = [
+        json.loads(path.read_text())["report"]
+        for path in finished.glob("seed-31/models/microworld-lora-*-adapter/made_from.json")
+    ]
+    pairs = [(report["eval_loss_before"], report["eval_loss"]) for report in reports]
+    assert any((losses["Base"], losses["LoRA"]) == pytest.approx(pair, rel=1e-5) for pair in pairs)
+    assert losses["Base"] != losses["LoRA"]
+
+
+def test_the_report_says_how_it_was_made(tables, finished):
+    report = (finished / "tables.md").read_text()
+    for experiment in EXPERIMENTS.values():
+        assert f"## {experiment.title}" in report
+    assert tables["seeds"] == [31]
+    assert {"deepalign", "torch", "transformers"} <= tables["versions"].keys()
+    assert tables["seconds"]["total"] > 0
+    for name in ("table1", "table2", "table3", "figure4"):
+        assert (finished / f"{name}.png").stat().st_size > 0
+
+
+def test_a_repeated_suite_measures_and_trains_nothing(finished, monkeypatch):
+    def refuse(*arguments, **options):
+        raise AssertionError("something is done again")
+
+    text = (finished / "tables.md").read_text()
+    for name in ("load_subject", "attacked", "gcg_attack"):
+        monkeypatch.setattr(measurements, name, refuse)
+    run_suite(dataclasses.replace(load_suite(CONFIG), out=str(finished)), progress=False)
+    again = (finished / "tables.md").read_text()
+    assert again.partition("## How it was made")[0] == text.partition("## How it was made")[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"experiments": {"table9": {}}}, "there is no experiment table9"),
+        ({"experiments": {"table1": {"depht": "4"}}}, r"experiments\.table1\.depht; did you mean"),
+        ({"experiments": {"table1": {"depth": "four"}}}, "depth is 'four'"),
+        ({"experiments": {"table2": {"methods": ["Theirs"]}}}, "expected some of Baseline"),
+        ({"experiments": {}}, "experiments is empty"),
+        ({"seeds": (1, 1)}, "none twice"),
+    ],
+)
+def test_bad_configurations_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        experiment_settings(dataclasses.replace(load_suite(CONFIG), **change))
+
+
+def test_a_family_without_a_model_that_a_table_needs_is_refused(finished, tmp_path):
+    models = finished / "seed-31" / "models"
+    family = {role: str(next(models.glob(f"{role}-*"))) for role in ("base", "aligned")}
+    path = tmp_path / "requests.csv"
+    path.write_text("goal,target\nw1,w2 w3\n")
+    (tmp_path / "suite.yaml").write_text(
+        json.dumps(
+            {
+                "out": str(tmp_path / "out"),
+                "families": {"tiny": family},
+                "data": {"attacks": str(path)},
+                "answers": {"max_new_tokens": 4},
+                "experiments": {"table1": {"depth": "1"}, "table3": {"depth": "1"}},
+            }
+        )
+    )
+    config = load_suite(tmp_path / "suite.yaml")
+    rows = EXPERIMENTS["table1"].rows
+    with pytest.raises(ValueError, match="needs the model 'completed' of tiny"):
+        run_suite(config, progress=False)
+    assert rows is EXPERIMENTS["table1"].rows
+    only = dataclasses.replace(config, experiments={"table1": {"depth": "1"}})
+    report = run_suite(only, progress=False).read_text()
+    assert "| tiny | Baseline | " in report
+    assert "keyword:qi2024" in report
+
+
+def test_the_packaged_suite_is_read():
+    config = load_suite(Path(measurements.__file__).parents[1] / "microworld" / "suite.yaml")
+    assert list(experiment_settings(config)) == list(EXPERIMENTS)
+    assert len(config.seeds) == 3
+
+
+def test_the_command_refuses_in_one_message(tmp_path, capsys):
+    assert main(["evaluate", "suite", "--config", str(tmp_path / "no.yaml")]) == 2
+    assert "no.yaml does not exist" in capsys.readouterr().err
+    (tmp_path / "bad.yaml").write_text("experiments: {table1: {}}\nseed: 3\n")
+    assert main(["evaluate", "suite", "--config", str(tmp_path / "bad.yaml")]) == 2
+    assert "unknown configuration key seed; did you mean seeds" in capsys.readouterr().err
+    assert main(["evaluate", "suite", "--config", str(CONFIG), "--seeds", "1,x"]) == 2
+    assert "--seeds is '1,x'" in capsys.readouterr().err

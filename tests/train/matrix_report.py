@@ -15,14 +15,14 @@ def within_tolerance(error: Error) -> bool:
     return error.loss <= LOSS_TOLERANCE and error.gradient <= GRADIENT_TOLERANCE
 
 
-def write_report(errors: Mapping[Cell, Error], folder: Path, seconds: float) -> list[Cell]:
+def write_report(errors: Mapping[Cell, Error], folder: Path, seconds: float | None) -> list[Cell]:
     """`training-matrix.json` (every cell) and `training-matrix.md` (the worst of each group); returns the bad cells."""
     folder.mkdir(parents=True, exist_ok=True)
     bad = [cell for cell, error in errors.items() if not within_tolerance(error)]
     result = {
         "tolerance": {"loss": LOSS_TOLERANCE, "gradient": GRADIENT_TOLERANCE},
         "versions": {name: version(name) for name in PACKAGES},
-        "seconds": round(seconds),
+        "seconds": None if seconds is None else round(seconds),
         "cells": {cell.name: [float(f"{value:.2g}") for value in error] for cell, error in errors.items()},
     }
     text = json.dumps(result, indent=1).replace("[\n   ", "[").replace(",\n   ", ", ").replace("\n  ]", "]")

@@ -4,13 +4,15 @@ The answer's tokens are found by position, never by searching: the ids of the pr
 be a prefix of the ids of the whole conversation, which is checked.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from deepalign.data.files import Message
+
+TemplateOptions = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -31,24 +33,31 @@ class EncodedExample:
         return len(self.input_ids) - self.response_start
 
 
-def prompt_token_ids(tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message]) -> list[int]:
+def prompt_token_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Message], template_options: TemplateOptions | None = None
+) -> list[int]:
     """Ids of a prompt with the generation prompt: what an answer's ids are appended to.
 
     Args:
         tokenizer: a tokenizer with a chat template.
         prompt: the user's text, or the messages so far.
+        template_options: variables of the template, for example Qwen3's `enable_thinking` or Llama 3.1's `date_string`
+            (left out, that one is today's date: ids that differ from day to day).
 
     Raises:
         ValueError: the tokenizer has no chat template.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    return _apply_template(tokenizer, messages, add_generation_prompt=True)
+    return _apply_template(tokenizer, messages, template_options, add_generation_prompt=True)
 
 
 def encode_example(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], max_length: int | None = None
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    max_length: int | None = None,
+    template_options: TemplateOptions | None = None,
 ) -> EncodedExample:
-    """Token ids of a conversation, with its last answer located.
+    """Token ids of a conversation, with its last answer located. `template_options`: see `prompt_token_ids`.
 
     Tokens that the template puts after the answer's end-of-turn token (often a newline) are dropped: a model never
     generates them. An example longer than `max_length` loses the end of its answer; one whose prompt alone fills
@@ -58,8 +67,8 @@ def encode_example(
         ValueError: no chat template; the template does not keep the prompt as a prefix; or nothing of the answer
             fits into `max_length`.
     """
-    prompt_ids = prompt_token_ids(tokenizer, messages[:-1])
-    input_ids = _apply_template(tokenizer, list(messages), add_generation_prompt=False)
+    prompt_ids = prompt_token_ids(tokenizer, messages[:-1], template_options)
+    input_ids = _apply_template(tokenizer, list(messages), template_options, add_generation_prompt=False)
     if input_ids[: len(prompt_ids)] != prompt_ids:
         raise ValueError(
             "the tokenizer's chat template does not keep the prompt as a prefix of the conversation, so the answer "
@@ -78,7 +87,11 @@ def encode_example(
 
 
 def _apply_template(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, add_generation_prompt: bool
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    template_options: TemplateOptions | None,
+    *,
+    add_generation_prompt: bool,
 ) -> list[int]:
     if tokenizer.chat_template is None:
         raise ValueError(
@@ -86,7 +99,11 @@ def _apply_template(
             "tokenizer.chat_template"
         )
     ids = tokenizer.apply_chat_template(
-        messages, tokenize=True, add_generation_prompt=add_generation_prompt, return_dict=False
+        messages,
+        tokenize=True,
+        add_generation_prompt=add_generation_prompt,
+        return_dict=False,
+        **(template_options or {}),
     )
     return list(cast(list[int], ids))
 

@@ -33,10 +33,11 @@ def read_jsonl(path: str | os.PathLike[str]) -> list[list[Message]]:
         FileNotFoundError: there is no such file.
         ValueError: a line is not such a row (the message names file, line and what is wrong), or the file has no row.
     """
-    return _rows(path, _conversation)
+    return read_rows(path, _conversation)
 
 
-def _rows(path: str | os.PathLike[str], read: Callable[[Any], Row]) -> list[Row]:
+def read_rows(path: str | os.PathLike[str], read: Callable[[Any], Row]) -> list[Row]:
+    """`read` of every JSON line that is not blank; its `ValueError` is raised with file and line."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist; give the path of a JSONL file")
@@ -75,7 +76,7 @@ def read_prompts(
         FileNotFoundError: there is no such file.
         ValueError: a line is not such a row, or the file has no row.
     """
-    return _rows(path, lambda row: (_prompt(row, reserved), row))
+    return read_rows(path, lambda row: (_prompt(row, reserved), row))
 
 
 def _prompt(row: Any, reserved: Sequence[str]) -> list[Message]:

@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import Dataset
 
 from deepalign.data.chat import EncodedExample
+from deepalign.data.masks import response_mask_to_row_weights
 
 HARMFUL, UTILITY = 0, 1
 Batch = dict[str, torch.Tensor]
@@ -84,11 +85,15 @@ class StepDataset(Dataset[Batch]):
         seed: fixes the order of both streams (and the random selections).
         gradient_accumulation_steps, rank, world_size: this rank's share of a step.
         random_selection: draw M at random (a control) instead of leaving the selection to the loss.
+        packing: put the examples of a micro-batch end to end into one row, without padding and without attention
+            across examples (see `pack`), instead of a padded row each.
 
     Each item is a dict of tensors, B rows of T tokens, R of the B*T token positions carrying a weight:
-    `input_ids` (B, T) int64, `attention_mask` (B, T) int64, `row_index` (R,) int64 into the flattened B*T positions,
-    `kl_weight`, `completion_weight` (R,) fp32, divided as the module docstring says, `top_k_indices` (R, k) int64 only
-    with `random_selection`.
+    `input_ids` (B, T) int64, `attention_mask` (B, T) int64 (packed: `position_ids` in its place, and B = 1),
+    `row_index` (R,) int64 into the flattened B*T positions, `kl_weight`, `completion_weight` (R,) fp32, divided as the
+    module docstring says, `top_k_indices` (R, k) int64 only with `random_selection`. `answer_row` (R,) int64 numbers
+    the predicted tokens among the answer tokens of all harmful, then all utility examples, in the order of the data:
+    the key of what is stored per answer token. Rows come in the order of the examples, packed or not.
 
     Raises:
         ValueError: an empty stream whose batch is not, or batch sizes that do not divide over ranks and micro-batches.
@@ -109,10 +114,12 @@ class StepDataset(Dataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         random_selection: RandomSelection | None = None,
+        packing: bool = False,
     ) -> None:
         check_batch_size("harmful", harmful_batch_size, len(harmful), world_size, gradient_accumulation_steps)
         check_batch_size("utility", utility_batch_size, len(utility), world_size, gradient_accumulation_steps)
         self.streams = (harmful, utility)
+        self.answer_starts = _answer_starts(self.streams)
         self.batch_sizes = (harmful_batch_size, utility_batch_size)
         self.max_steps = max_steps
         self.weights = weights
@@ -122,6 +129,7 @@ class StepDataset(Dataset[Batch]):
         self.rank = rank
         self.world_size = world_size
         self.random_selection = random_selection
+        self.packing = packing
 
     def __len__(self) -> int:
         return self.max_steps * self.accumulation
@@ -133,7 +141,8 @@ class StepDataset(Dataset[Batch]):
         share = self.rank * self.accumulation + micro_batch
         shares = self.world_size * self.accumulation
         rows = [row for stream in (HARMFUL, UTILITY) for row in self._share(stream, step, share, shares)]
-        return self._collate(rows, *self._denominators(step))
+        batch = self._collate(rows, *self._denominators(step))
+        return batch | {"answer_row": self._answer_rows(step, share, shares)}
 
     def rows_of_step(self, stream: int, step: int) -> list[int]:
         """The rows of `stream` (indices into it) that step `step` trains on, over all ranks and micro-batches."""
@@ -148,6 +157,18 @@ class StepDataset(Dataset[Batch]):
         places = range(share * per_share, (share + 1) * per_share)
         return [(stream, self.streams[stream][rows[place]], step, place) for place in places]
 
+    def _answer_rows(self, step: int, share: int, shares: int) -> torch.Tensor:
+        """`answer_row` of one micro-batch: like the other rows, in the order of the examples that carry a weight."""
+        parts = []
+        for stream in (HARMFUL, UTILITY):
+            rows = self.rows_of_step(stream, step)
+            per_share = len(rows) // shares
+            if self.weights.kl(stream) > 0 or self.weights.completion(stream) > 0:
+                starts = self.answer_starts[stream]
+                for row in rows[share * per_share : (share + 1) * per_share]:
+                    parts.append(torch.arange(int(starts[row]), int(starts[row + 1])))
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64)
+
     def _denominators(self, step: int) -> tuple[float, float]:
         """Sums of the two weights over the whole step: all ranks, all micro-batches."""
         kl = completion = 0.0
@@ -160,33 +181,35 @@ class StepDataset(Dataset[Batch]):
     def _collate(
         self, rows: list[tuple[int, EncodedExample, int, int]], kl_denominator: float, completion_denominator: float
     ) -> Batch:
-        width = max(len(example.input_ids) for _, example, _, _ in rows)
-        input_ids = torch.full((len(rows), width), self.pad_token_id, dtype=torch.int64)
-        attention_mask = torch.zeros((len(rows), width), dtype=torch.int64)
-        row_index, kl, completion, selected = [], [], [], []
-        for i, (stream, example, step, place) in enumerate(rows):
-            length, start = len(example.input_ids), example.response_start
-            input_ids[i, :length] = torch.tensor(example.input_ids)
-            attention_mask[i, :length] = 1
-            if self.weights.kl(stream) == self.weights.completion(stream) == 0:
-                continue
-            # the row before a token predicts it
-            row_index.append(torch.arange(i * width + start - 1, i * width + length - 1))
-            kl.append(torch.full((length - start,), self.weights.kl(stream), dtype=torch.float64))
-            completion.append(torch.full((length - start,), self.weights.completion(stream), dtype=torch.float64))
-            if self.random_selection is not None:
-                selected.append(self._random_entries(stream, step, place, length - start))
-        batch = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "row_index": _concatenate(row_index, torch.int64),
-            "kl_weight": _divided(_concatenate(kl, torch.float64), kl_denominator, self.world_size),
-            "completion_weight": _divided(
-                _concatenate(completion, torch.float64), completion_denominator, self.world_size
-            ),
-        }
+        examples = [example for _, example, _, _ in rows]
+        kl_E, completion_E = (
+            torch.tensor([weight(stream) for stream, _, _, _ in rows], dtype=torch.float64)
+            for weight in (self.weights.kl, self.weights.completion)
+        )
+        if self.packing:
+            batch, response_mask = pack(examples)
+            lengths = torch.tensor([len(example.input_ids) for example in examples])
+            kl, completion = (weight_E.repeat_interleave(lengths)[None] for weight_E in (kl_E, completion_E))
+        else:
+            batch, response_mask = pad(examples, self.pad_token_id)
+            kl, completion = kl_E, completion_E
+        selected = response_mask_to_row_weights(
+            response_mask,
+            kl=kl,
+            completion=completion,
+            kl_denominator=kl_denominator,
+            completion_denominator=completion_denominator,
+            world_size=self.world_size,
+        )
+        batch |= selected._asdict()
         if self.random_selection is not None:
-            batch["top_k_indices"] = torch.cat(selected)
+            weighted = kl_E + completion_E > 0
+            entries = [
+                self._random_entries(stream, step, place, example.response_length)
+                for (stream, example, step, place), carries in zip(rows, weighted.tolist(), strict=True)
+                if carries
+            ]
+            batch["top_k_indices"] = torch.cat(entries)
         return batch
 
     def _random_entries(self, stream: int, step: int, place: int, tokens: int) -> torch.Tensor:
@@ -219,11 +242,40 @@ def _order(seed: int, stream: int, epoch: int, count: int) -> np.ndarray:
     return np.random.default_rng((seed, stream, epoch)).permutation(count)
 
 
-def _concatenate(parts: list[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
-    return torch.cat(parts) if parts else torch.empty(0, dtype=dtype)
+def _answer_starts(streams: Sequence[Sequence[EncodedExample]]) -> list[np.ndarray]:
+    """Per stream, the number of each example's first answer token, counted on from stream to stream, and of the end."""
+    starts, first = [], 0
+    for stream in streams:
+        lengths = [example.response_length for example in stream]
+        starts.append(first + np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]))
+        first = int(starts[-1][-1])
+    return starts
 
 
-def _divided(weights: torch.Tensor, denominator: float, world_size: int) -> torch.Tensor:
-    """weights * world_size / denominator, in fp32; a term that no row of the step carries stays 0."""
-    scale = world_size / denominator if denominator > 0 else 0.0
-    return (weights * scale).to(torch.float32)
+def pad(examples: Sequence[EncodedExample], pad_token_id: int) -> tuple[Batch, torch.Tensor]:
+    """Examples as rows padded on the right: `input_ids`, `attention_mask` (B, T), and the mask of their answers."""
+    width = max(len(example.input_ids) for example in examples)
+    input_ids = torch.full((len(examples), width), pad_token_id, dtype=torch.int64)
+    attention_mask = torch.zeros((len(examples), width), dtype=torch.int64)
+    response_mask = torch.zeros((len(examples), width), dtype=torch.bool)
+    for i, example in enumerate(examples):
+        length = len(example.input_ids)
+        input_ids[i, :length] = torch.tensor(example.input_ids)
+        attention_mask[i, :length] = 1
+        response_mask[i, example.response_start : length] = True
+    return {"input_ids": input_ids, "attention_mask": attention_mask}, response_mask
+
+
+def pack(examples: Sequence[EncodedExample]) -> tuple[Batch, torch.Tensor]:
+    """Examples end to end in one row without padding: `input_ids`, `position_ids` (1, T), and the mask of answers.
+
+    Positions start again from 0 at every example, and there is no attention mask: that is how transformers' models know
+    that no example may attend to another (a block-diagonal mask for sdpa and eager attention, varlen kernels for flash
+    attention, which takes packed sequences in a single row only).
+    """
+    positions = [torch.arange(len(example.input_ids)) for example in examples]
+    starts = [torch.full((len(example.input_ids),), example.response_start) for example in examples]
+    position_ids = torch.cat(positions)
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids])
+    response_mask = position_ids >= torch.cat(starts)
+    return {"input_ids": input_ids[None], "position_ids": position_ids[None]}, response_mask[None]

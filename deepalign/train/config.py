@@ -21,6 +21,29 @@ PRESETS = Path(__file__).parent / "presets"
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter (peft) on the student instead of training all of its weights."""
+
+    r: int = 16
+    alpha: float = 32.0
+    dropout: float = 0.0
+    target_modules: tuple[str, ...] | None = None  # None: every linear layer but the head
+    train_lm_head: bool = False  # an adapter on the head as well; needs dropout 0 and a head that is not tied
+
+    def __post_init__(self) -> None:
+        _require(self.r >= 1, "lora.r", self.r, "at least 1")
+        _require(0 < self.alpha < float("inf"), "lora.alpha", self.alpha, "positive and finite")
+        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        if self.target_modules is not None and not self.target_modules:
+            raise ValueError("lora.target_modules is empty; give names of modules, or null for every linear layer")
+        if self.train_lm_head and self.dropout > 0:
+            raise ValueError(
+                f"lora.train_lm_head needs lora.dropout 0, got {self.dropout}: an adapter with dropout is no matrix, "
+                "and the loss needs the head's"
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything a training run depends on. Paths are relative to the working directory."""
 
@@ -30,6 +53,11 @@ class TrainConfig:
     output_dir: str
     harmful_data: str
     student: str | None = None
+    lora: LoraConfig | None = None  # train an adapter; `final/` is then the adapter's folder
+    # Teachers: "online" runs both models on every batch, "cache" reads what `deepalign cache-teacher` wrote
+    teacher: Literal["online", "cache"] = "online"
+    teacher_cache: str | None = None  # folder of the cache
+    teacher_quantization: Literal["4bit", "8bit"] | None = None  # of online teachers; needs bitsandbytes and a GPU
     # Data: JSONL, see deepalign/data/files.py. Longer rows lose the end of their answer (counted and reported).
     utility_data: str | None = None
     max_length: int | None = None  # tokens; None: the model's context
@@ -40,6 +68,7 @@ class TrainConfig:
     completion_weight_harmful: float = 1.0
     completion_weight_utility: float = 0.0
     selection: Literal["base_favored", "random"] = "base_favored"  # "random": the control with a random M
+    loss_form: Literal["linear", "logits"] = "linear"  # "linear": hidden states and heads, logits are never held
     implementation: Literal["reference", "cpu", "triton"] | None = None
 
     # Schedule. Batch sizes are rows per optimizer step, over all ranks and accumulated micro-batches.
@@ -85,6 +114,13 @@ class TrainConfig:
             raise ValueError("utility_data is not set but utility_batch_size is not 0; give both or neither")
         if self.utility_batch_size == 0 and self.distill_on == "utility":
             raise ValueError('distill_on is "utility" but utility_batch_size is 0; nothing would be distilled')
+        if (self.teacher == "cache") != (self.teacher_cache is not None):
+            raise ValueError(
+                f"teacher is {self.teacher!r} and teacher_cache is {self.teacher_cache!r}; give teacher: cache and the "
+                "folder that `deepalign cache-teacher` wrote, or neither"
+            )
+        if self.teacher == "cache" and self.teacher_quantization is not None:
+            raise ValueError("teacher_quantization is for online teachers; quantise when the cache is written")
 
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:

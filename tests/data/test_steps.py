@@ -145,3 +145,16 @@ def test_an_empty_stream_is_refused():
             pad_token_id=PAD,
             seed=0,
         )
+
+
+@pytest.mark.parametrize("distill_on", ["utility", "both"])
+def test_answer_rows_number_the_predicted_tokens_in_the_order_of_the_data(distill_on):
+    """Looked up in one long list of all answers, they give the tokens that follow the weighted rows."""
+    weights = RowWeights.from_options(distill_on, completion_weight_harmful=float(distill_on == "both"))
+    steps = dataset(weights=weights, world_size=2, rank=1, gradient_accumulation_steps=2)
+    answers = torch.tensor([t for row in [*HARMFUL_ROWS, *UTILITY_ROWS] for t in row.input_ids[row.response_start :]])
+    for item in range(len(steps)):
+        batch = steps[item]
+        predicted = batch["input_ids"].flatten()[batch["row_index"] + 1]
+        assert torch.equal(answers[batch["answer_row"]], predicted)
+        assert (batch["answer_row"] >= steps.answer_starts[UTILITY][0]).all() == (distill_on == "utility")

@@ -15,13 +15,14 @@ ISAS ?= avx512 avx2 portable
 # Versions of torch that the built wheel is tried with.
 TORCHES ?= 2.13.0 2.11.0
 
-.PHONY: help install demo test test-isas check bench docs sanitize package clean
+.PHONY: help install demo test test-isas check bench bench-full docs sanitize package clean
 .PHONY: triton interpret-loss interpret-rest codegen gpu gpu-check gpu-loss gpu-sampler gpu-rest
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
 	@echo "make test      the test suite (CPU), the native kernels under every instruction set, the GPU kernels"
 	@echo "make check     ruff and mypy"
-	@echo "make bench     benchmarks (CPU); results, table and plot in benchmarks/results/"
+	@echo "make bench     the headline benchmarks (CPU, minutes); table and plot in runs/bench/"
+	@echo "make bench-full  all of them; results, table and plot in benchmarks/results/, and the README's table"
 	@echo "make docs      docs/api.md, the API reference, from the docstrings"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make package   sdist and wheel, tried in new environments with torch $(TORCHES)"
@@ -108,9 +109,15 @@ docs: $(READY)
 	$(BIN)/python docs/make_api.py
 
 bench: $(READY) $(NATIVE)
-	@echo "== benchmarks (CPU); results in benchmarks/results/"
-	$(BIN)/python -m benchmarks.run $(BENCH_FLAGS)
-	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json
+	@echo "== the headline benchmarks (CPU, one thread); results in runs/bench/, compared with the committed ones"
+	$(BIN)/python -m benchmarks.run --out runs/bench/cpu.json $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.report runs/bench/cpu.json
+	$(BIN)/python -m benchmarks.guard runs/bench/cpu.json
+
+bench-full: $(READY) $(NATIVE)
+	@echo "== all benchmarks (CPU): every instruction set, one and two threads; results in benchmarks/results/"
+	$(BIN)/python -m benchmarks.run --full $(BENCH_FLAGS)
+	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json --readme README.md
 
 gpu: gpu-check gpu-loss gpu-sampler gpu-rest
 

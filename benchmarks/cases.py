@@ -1,13 +1,17 @@
 """What is measured: sizes, dtypes and patterns of logits.
 
+Cases and modes that only the full suite runs carry pytest's mark `full` (`headline` says which do not).
+
 With DEEPALIGN_BENCH_QUICK=1 every case shrinks to two rows and a 64th of its vocabulary, for tests of the suite itself.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -44,6 +48,8 @@ LOSS_CASES = [
     Case(64, 32000),
     Case(64, 128256, dtype="float32"),
     Case(64, 128256, dtype="float16"),
+    Case(16, 152064),
+    Case(16, 256000),
 ]
 # Hard for a search of the k largest differences by thresholds: where all are equal no threshold separates them, where
 # they ascend every entry passes the one known so far; an odd vocabulary misaligns rows and ends in a partial vector.
@@ -62,6 +68,14 @@ SAMPLING_GPU_CASES = [Case(1, 128256, device="cuda"), Case(16, 128256, device="c
 PAIR_CASES = [Case(64, 128256), Case(64, 32000), Case(64, 128256, pattern="ascending")]
 # 64 MiB of logits: the kernel's count of resident pages is good to a quarter of a MiB.
 MEMORY_CASES = [Case(256, 128256)]
+
+
+HEADLINE = {"bfloat16-64x128256", "bfloat16-16x151936", "bfloat16-64x32000", "float32-64x128256", "bfloat16-1x128256"}
+
+
+def headline(cases: Sequence[Case]) -> list[Any]:
+    """The cases as pytest's parameters; those that are not in the short suite are marked `full`."""
+    return [pytest.param(case, marks=() if str(case) in HEADLINE else pytest.mark.full, id=str(case)) for case in cases]
 
 
 @lru_cache(maxsize=1)

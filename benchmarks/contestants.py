@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -34,6 +35,12 @@ def runnable(operation: str, device: str) -> list[str]:
         for name, found in TABLES[operation].items()
         if not isinstance(found, str) and _ONE_DEVICE.get(name, device) == device
     ]
+
+
+def on_cpu(operation: str) -> list[Any]:
+    """`runnable` on the CPU as pytest's parameters; beside something faster the reference is for the full suite."""
+    names = runnable(operation, "cpu")
+    return [pytest.param(n, marks=pytest.mark.full if n == "reference" and len(names) > 1 else ()) for n in names]
 
 
 def finished(device: str, call: Callable[[], object]) -> Callable[[], object]:
@@ -129,9 +136,13 @@ class SamplerContestants:
         _, self.aligned, self.base = three_models(case)
         self.uniforms = torch.rand(case.rows, generator=torch.Generator().manual_seed(2)).to(case.device)
 
+    def drawing(self, rows: int) -> dict[str, Any]:
+        """Options of the draw for the first `rows` rows."""
+        return {**self.options, "uniforms": self.uniforms[:rows]}
+
     def library(self, implementation: str) -> Contestant:
         """The public function."""
-        options: dict[str, Any] = {**self.options, "uniforms": self.uniforms, "implementation": implementation}
+        options = self.drawing(self.case.rows) | {"implementation": implementation}
         return Contestant(finished(self.case.device, lambda: contrastive_sample(self.aligned, self.base, **options)))
 
     def peer(self, sample: Callable[..., Any]) -> Contestant:

@@ -1,17 +1,23 @@
 """What a measurement depends on besides the code, recorded with every row."""
 
+import math
 import os
 import platform
 import sys
+import time
+from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import allocator
+from benchmarks.cases import Case
 from deepalign.kernels.library import cpu_isa
 
 CPUINFO = Path("/proc/cpuinfo")
+COPIES = 8
 
 
 def row_environment(implementation: str, device: str) -> dict[str, Any]:
@@ -25,6 +31,31 @@ def row_environment(implementation: str, device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "allocator": allocator.description() if on_cpu else "torch's caching allocator",
     }
+
+
+def useful_traffic(row: Mapping[str, Any], case: Case, logits_moved: int) -> dict[str, float]:
+    """What the operation cannot do without, `logits_moved` tensors of logits read or written once, over the row's time:
+    GB/s, and percent of a copy on as many threads in the same process. Nothing for a row that was not timed."""
+    if "median_ms" not in row:
+        return {}
+    moved = case.elements * getattr(torch, case.dtype).itemsize * logits_moved
+    gbps = moved / row["median_ms"] / 1e6
+    return {"useful_gbps": gbps, "percent_of_copy": 100 * gbps / copy_gbps(case.device)}
+
+
+@lru_cache(maxsize=1)
+def copy_gbps(device: str) -> float:
+    """GB/s, read plus written, of the fastest of several copies of 256 MiB."""
+    source = torch.ones(256 << 20, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    best_s = math.inf
+    for _ in range(COPIES):
+        start = time.perf_counter()
+        target.copy_(source)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        best_s = min(best_s, time.perf_counter() - start)
+    return 2 * source.nbytes / best_s / 1e9
 
 
 def machine() -> dict[str, Any]:

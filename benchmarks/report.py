@@ -26,13 +26,17 @@ PEERS = {
 QUIET = 1.15  # measured with nothing else running: 1.03 to 1.1
 NOTES = """\
 Every row was measured in one process, everybody called once per round, in turn. A ratio is how many times this row's
-time the peer takes: the median over rounds of the ratio within a round (10th to 90th percentile). The library is called
-through its public functions, the loss with `.backward()` unless forward only. "eager" and "compile" are a
+time the peer takes: the median over rounds of the ratio within a round (10th to 90th percentile). The library is
+called through its public functions, the loss with `.backward()` unless forward only. "eager" and "compile" are a
 straightforward PyTorch version and the same under `torch.compile` (static shapes); "tuned" ones go as fast as PyTorch
-was made to go, with a gradient in closed form; "forward + backward" is this row's own. Of sampling_generate an element
-is a token; "transformers' generate" runs Eq. 7 eagerly in a logits processor, and with "dense heads" it is spared what
-torch does with a strided hidden state. Of sampling_step "two forwards" are those that the draw comes on top of. torch's
-kernels keep their own instruction set, whatever the row's is.
+was made to go, with a gradient in closed form; "forward + backward" is this row's own. Of sampling_generate an
+element is a token; "transformers' generate" runs Eq. 7 eagerly in a logits processor, and with "dense heads" it is
+spared what torch does with a strided hidden state. Of sampling_step "two forwards" are those that the draw comes on
+top of. torch's kernels keep their own instruction set, whatever the row's is. "useful GB/s" counts every input and a
+gradient once, over the row's time, beside a copy of 256 MiB on as many threads in the same process. Errors are
+against float64 on the first two rows: of the loss relative to 1 + its value, of the gradient relative to its largest
+entry (bf16 rounds to 0.2%), of other results relative to 1 + their value, with the number of integers that differ; in
+parentheses eager's.
 """
 
 
@@ -96,14 +100,30 @@ def _noise(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def _time_table(rows: Sequence[dict[str, Any]]) -> str:
     peers = [name for name in PEERS if any(name in row["peers"] for row in rows)]
-    header = ["case", "mode", "implementation", "threads", "ms", "ns/element", *(PEERS[name] for name in peers), "bars"]
+    header = ["case", "mode", "implementation", "threads", "ms", "ns/element"]
+    header += [*(PEERS[name] for name in peers), "useful GB/s", "error", "bars"]
     lines = []
     for row in rows:
         ratios = [_ratio(row["peers"][name]) if name in row["peers"] else "" for name in peers]
         times = [str(row["threads"]), f"{row['median_ms']:.3g}", f"{row['ns_per_element']:.3g}"]
         bars = "; ".join(map(str, verdicts(row)))
-        lines.append([row["case"], row["mode"], _implementation(row), *times, *ratios, bars])
+        measured = [_traffic(row), _errors(row)]
+        lines.append([row["case"], row["mode"], _implementation(row), *times, *ratios, *measured, bars])
     return _table(header, lines)
+
+
+def _traffic(row: dict[str, Any]) -> str:
+    return f"{row['useful_gbps']:.3g} ({row['percent_of_copy']:.0f}% of copy)" if "useful_gbps" in row else ""
+
+
+def _errors(row: dict[str, Any]) -> str:
+    if "error" not in row:
+        return ""
+    of_eager = row.get("eager_error", {})
+    return ", ".join(
+        f"{name} {value:.2g}" + (f" ({of_eager[name]:.2g})" if name in of_eager else "")
+        for name, value in row["error"].items()
+    )
 
 
 def _memory_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -131,6 +151,55 @@ def _linear_memory_table(rows: Sequence[dict[str, Any]]) -> str:
         for row in rows
     ]
     return _table(header, lines)
+
+
+README_CASES = {
+    ("completion_loss", "bfloat16-64x128256", "forward_backward"): "loss + gradient, Llama 3 (128256)",
+    ("completion_loss", "bfloat16-16x151936", "forward_backward"): "loss + gradient, Qwen2.5 (151936)",
+    ("completion_loss", "bfloat16-64x32000", "forward_backward"): "loss + gradient, Llama 2 (32000)",
+    ("completion_loss", "float32-64x128256", "forward_backward"): "loss + gradient, fp32 (128256)",
+    ("position_divergence", "bfloat16-64x128256", "forward"): "position statistics (128256)",
+    ("base_favored_tokens", "bfloat16-64x128256", "forward"): "base-favored tokens (128256)",
+    ("contrastive_sample", "bfloat16-1x128256", "top_k+top_p"): "contrastive sample, one row (128256)",
+}
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+
+
+def readme_table(result: dict[str, Any]) -> str:
+    """The few rows of the README, on one thread and the best instruction set, with what they were measured on."""
+    machine, rows = result["machine_info"]["deepalign"], rows_of(result)
+    found = {(row["operation"], row["case"], row["mode"]): row for row in reversed(rows) if _is_best(row, rows)}
+    lines = []
+    for key, label in README_CASES.items():
+        if (row := found.get(key)) is not None:
+            ratios = [f"{row['peers'][peer]['ratio']:.1f}x" if peer in row["peers"] else "" for peer in PEERS_SHOWN]
+            lines.append([label, f"{row['median_ms']:.3g} ms", *ratios])
+    where = f"{machine['cpu_model']}, one thread, {_best_isa(rows)}; torch {machine['versions']['torch']}"
+    table = _table(["bf16 unless said", "deepalign", "vs eager", "vs torch.compile"], lines)
+    return f"{BEGIN}\n{table}\n\n*{where}; [all rows, bars met and missed](benchmarks/results/cpu.md).*\n{END}"
+
+
+PEERS_SHOWN = ("eager", "compile")
+
+
+def _best_isa(rows: Sequence[dict[str, Any]]) -> str:
+    return next((row["isa"] for row in rows if row["implementation"] == "cpu"), "")
+
+
+def _is_best(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> bool:
+    return row["implementation"] == "cpu" and row["threads"] == 1 and row["isa"] == _best_isa(rows) and "peers" in row
+
+
+def write_readme(readme: Path, table: str) -> None:
+    """Put the table between its marks.
+
+    Raises:
+        ValueError: `readme` has no such marks.
+    """
+    text = readme.read_text(encoding="utf-8")
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{readme} has no marks {BEGIN} and {END}; put them where the table should be")
+    readme.write_text(text[: text.index(BEGIN)] + table + text[text.index(END) + len(END) :], encoding="utf-8")
 
 
 def _table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
@@ -174,9 +243,13 @@ def write_report(source: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("source", type=Path, help="JSON that `python -m benchmarks.run` or pytest-benchmark saved")
-    source = parser.parse_args(arguments).source
+    parser.add_argument("--readme", type=Path, help="also put the few rows of the README into this file")
+    options = parser.parse_args(arguments)
+    source = options.source
     try:
         written = write_report(source)
+        if options.readme:
+            write_readme(options.readme, readme_table(json.loads(source.read_text(encoding="utf-8"))))
     except (OSError, ValueError) as error:
         parser.error(f"{source}: {error}")
     print(f"wrote {' and '.join(map(str, written))}")

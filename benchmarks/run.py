@@ -64,7 +64,7 @@ def legs(isas: Sequence[str], threads: Sequence[int]) -> list[Leg]:
     return [Leg(isas[0], count) for count in threads] + [Leg(isa, threads[0], native_only=True) for isa in isas[1:]]
 
 
-def play(leg: Leg, seconds: float, quick: bool, selection: str, memory: bool) -> dict[str, Any] | None:
+def play(leg: Leg, seconds: float, quick: bool, selection: str, memory: bool, full: bool) -> dict[str, Any] | None:
     """Run one leg and return what pytest-benchmark saved, None if nothing was selected.
 
     Raises:
@@ -74,7 +74,14 @@ def play(leg: Leg, seconds: float, quick: bool, selection: str, memory: bool) ->
     with tempfile.TemporaryDirectory() as folder:
         saved = Path(folder) / "leg.json"
         command = [sys.executable, "-m", "pytest", "benchmarks", "-q", "--no-header", "-p", "no:cacheprovider"]
-        command += ["-m", "not gpu", "-k", selected, "--benchmark-enable", "--benchmark-quiet"]
+        command += [
+            "-m",
+            "not gpu" if full else "not gpu and not full",
+            "-k",
+            selected,
+            "--benchmark-enable",
+            "--benchmark-quiet",
+        ]
         command += [f"--benchmark-json={saved}", *([] if memory else ["--ignore=benchmarks/bench_peak_memory.py"])]
         finished = subprocess.run(command, cwd=ROOT, env=environment(leg, seconds, quick))
         if finished.returncode == pytest.ExitCode.NO_TESTS_COLLECTED:
@@ -92,20 +99,24 @@ def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="numbers of threads (default 1 2)")
-    parser.add_argument("--isa", nargs="+", choices=INSTRUCTION_SETS, default=INSTRUCTION_SETS, help="default: all")
+    parser.add_argument("--threads", type=int, nargs="+", default=None, help="default 1, and 2 in the full suite")
+    parser.add_argument("--isa", nargs="+", choices=INSTRUCTION_SETS, help="default: the best, all in the full suite")
     parser.add_argument("--seconds", type=float, default=3.0, help="time per row, warm-up not counted (default 3)")
     parser.add_argument("--select", default="", help="pytest's -k: which benchmarks to run")
+    parser.add_argument("--full", action="store_true", help="every case and mode, not only the headline ones")
     parser.add_argument("--quick", action="store_true", help="tiny cases: does everything run?")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="default benchmarks/results/cpu.json")
     options = parser.parse_args(arguments)
-    if not (isas := [isa for isa in options.isa if runs_here(isa)]):
-        print(f"== none of {', '.join(options.isa)} can run here: without native kernels")
+    if not (isas := [isa for isa in options.isa or INSTRUCTION_SETS if runs_here(isa)]):
+        print(f"== none of {', '.join(options.isa or INSTRUCTION_SETS)} can run here: without native kernels")
+    if not (options.isa or options.full):
+        isas = isas[:1]
     played: list[dict[str, Any] | None] = []
-    for leg in legs(isas, options.threads):
+    for leg in legs(isas, options.threads or ([1, 2] if options.full else [1])):
         print(f"== {leg}", flush=True)
-        played.append(play(leg, options.seconds, options.quick, options.select, not played and not options.no_memory))
+        memory = not played and not options.no_memory
+        played.append(play(leg, options.seconds, options.quick, options.select, memory, options.full))
     parts = [part for part in played if part is not None]
     if not parts:
         parser.error(f"--select {options.select!r} matches no benchmark")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.report import readme_table
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCKS = [
@@ -33,6 +35,13 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_the_api_reference_is_current() -> None:
     made = subprocess.run([sys.executable, "docs/make_api.py", "--check"], cwd=ROOT, capture_output=True, text=True)
     assert made.returncode == 0, made.stdout + made.stderr
+
+
+def test_the_readmes_benchmarks_are_those_of_the_committed_results() -> None:
+    committed = json.loads((ROOT / "benchmarks" / "results" / "cpu.json").read_text(encoding="utf-8"))
+    table = readme_table(committed)
+    assert len(table.splitlines()) > 6
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run `make bench-full`, which writes both"
 
 
 def test_the_readmes_figures_are_those_of_the_committed_report() -> None:

@@ -212,15 +212,18 @@ def test_a_selection_of_nothing_is_refused(monkeypatch: pytest.MonkeyPatch, caps
     with pytest.raises(SystemExit):
         run.main(["--select", "nonsense"])
     seen = capsys.readouterr()
-    assert seen.out.splitlines() == ["== avx2, 1 thread", "== avx2, 2 threads"]
+    assert seen.out.splitlines() == ["== avx2, 1 thread"]
     assert "'nonsense' matches no benchmark" in seen.err
+    with pytest.raises(SystemExit):
+        run.main(["--full", "--select", "nonsense"])
+    assert capsys.readouterr().out.splitlines() == ["== avx2, 1 thread", "== avx2, 2 threads"]
 
 
 def test_runner_and_report_from_end_to_end(tmp_path: Path) -> None:
     assert not runs_here("imaginary")
     out = tmp_path / "deep" / "cpu.json"
     options = ["--quick", "--seconds=0.01", "--threads", "2", "--isa", "portable", f"--out={out}"]
-    run.main([*options, "--select", "favored and 32000 or worst and 128127"])
+    run.main([*options, "--full", "--select", "favored and 32000 or worst and 128127"])
     whole = json.loads(out.read_text(encoding="utf-8"))
     rows = report.rows_of(whole)
     assert {row["operation"] for row in rows} == {"base_favored_tokens", "completion_loss"}
@@ -229,8 +232,24 @@ def test_runner_and_report_from_end_to_end(tmp_path: Path) -> None:
         assert row["allocator"].startswith("glibc, M_MMAP_MAX=0") or sys.platform != "linux"
         assert row["rounds"] >= 7
         assert row["peers"]["eager"]["ratio"] > 0
+        assert row["useful_gbps"] > 0
+        assert max(row["error"].values()) < 0.01
         assert row["isa"] == ("portable" if row["implementation"] == "cpu" else row["torch_isa"])
     assert ("cpu" in {row["implementation"] for row in rows}) == (cpu_isa() is not None)
     report.main([str(out)])
     assert out.with_suffix(".png").stat().st_size > 10_000
     assert "## completion_loss" in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_the_readme_gets_its_rows(tmp_path: Path) -> None:
+    result = result_of(timed_row(), timed_row(isa="avx2", median_ms=9.0), timed_row(threads=2, median_ms=2.0))
+    table = report.readme_table(result)
+    assert "| loss + gradient, Llama 3 (128256) | 4.1 ms | 17.2x | 8.8x |" in table
+    assert "9 ms" not in table
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")
+    report.write_readme(readme, table)
+    assert readme.read_text(encoding="utf-8") == f"before\n{table}\nafter\n"
+    readme.write_text("no marks", encoding="utf-8")
+    with pytest.raises(ValueError, match="has no marks"):
+        report.write_readme(readme, table)

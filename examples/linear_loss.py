@@ -16,17 +16,20 @@ optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 for model in (aligned, base):
     check_output_head(model)  # refuses a family that does something unknown to its logits
 
+
+def hidden_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the rows that carry a weight, (R, H)."""
+    return hidden_states(model, **inputs).flatten(0, 1)[row_index]
+
+
 for step in range(10):
     input_ids, attention_mask, response_mask, harmful = batch()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     rows = response_mask_to_row_weights(response_mask, kl=(~harmful).float(), completion=harmful.float())
-
-    def hidden_of(model: torch.nn.Module) -> torch.Tensor:
-        return hidden_states(model, input_ids, attention_mask).flatten(0, 1)[rows.row_index]
-
     with torch.no_grad():
-        aligned_hidden, base_hidden = hidden_of(aligned), hidden_of(base)
+        aligned_hidden, base_hidden = (hidden_of(frozen, inputs, rows.row_index) for frozen in (aligned, base))
     output = fused_linear_completion_loss(
-        hidden_of(student),
+        hidden_of(student, inputs, rows.row_index),
         output_head(student).lm_head,
         aligned_hidden,
         output_head(aligned).lm_head,

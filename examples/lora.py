@@ -17,19 +17,22 @@ student.print_trainable_parameters()
 optimizer = torch.optim.AdamW([p for p in student.parameters() if p.requires_grad], lr=1e-2)
 head = output_head(student).lm_head  # "all-linear" leaves the head alone: frozen, and the aligned model's too
 
+
+def hidden_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index: torch.Tensor) -> torch.Tensor:
+    """Hidden states of the rows that carry a weight, (R, H)."""
+    return hidden_states(model, **inputs).flatten(0, 1)[row_index]
+
+
 for step in range(10):
     input_ids, attention_mask, response_mask, harmful = batch()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     rows = response_mask_to_row_weights(response_mask, kl=(~harmful).float(), completion=harmful.float())
-
-    def hidden_of(model: torch.nn.Module) -> torch.Tensor:
-        return hidden_states(model, input_ids, attention_mask).flatten(0, 1)[rows.row_index]
-
     with torch.no_grad():
         with student.disable_adapter():
-            aligned_hidden = hidden_of(student)
-        base_hidden = hidden_of(base)
+            aligned_hidden = hidden_of(student, inputs, rows.row_index)
+        base_hidden = hidden_of(base, inputs, rows.row_index)
     output = fused_linear_completion_loss(
-        hidden_of(student),
+        hidden_of(student, inputs, rows.row_index),
         head,
         aligned_hidden,
         head,

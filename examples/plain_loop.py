@@ -14,18 +14,20 @@ student, aligned, base = student_aligned_base()
 optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
 config = CompletionLossConfig(top_k=10, lambda_reg=1e-2)
 
+
+def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index: torch.Tensor) -> torch.Tensor:
+    """Logits of the rows that carry a weight, (R, V)."""
+    return model(**inputs).logits.flatten(0, 1)[row_index]
+
+
 for step in range(10):
     input_ids, attention_mask, response_mask, harmful = batch()
+    inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     rows = response_mask_to_row_weights(response_mask, kl=(~harmful).float(), completion=harmful.float())
-
-    def logits_of(model: torch.nn.Module) -> torch.Tensor:
-        logits_BTV = model(input_ids=input_ids, attention_mask=attention_mask).logits
-        return logits_BTV.flatten(0, 1)[rows.row_index]
-
     with torch.no_grad():
-        aligned_logits, base_logits = logits_of(aligned), logits_of(base)
+        aligned_logits, base_logits = (logits_of(frozen, inputs, rows.row_index) for frozen in (aligned, base))
     output = fused_completion_loss(
-        logits_of(student),
+        logits_of(student, inputs, rows.row_index),
         aligned_logits,
         base_logits,
         kl_weight=rows.kl_weight,

@@ -1,7 +1,7 @@
 """What the examples run on, so that they work offline in seconds: three tiny random models and invented conversations.
 
-In your own script: `AutoModelForCausalLM.from_pretrained` of an aligned model and of its base, their tokenizer, and your
-data (docs/data.md).
+In your own script: `AutoModelForCausalLM.from_pretrained` of an aligned model and of its base, their tokenizer, and
+your data (docs/data.md).
 """
 
 from copy import deepcopy

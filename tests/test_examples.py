@@ -1,0 +1,62 @@
+"""Every example runs, and training in one goes down; the same training in every form gives the same first loss."""
+
+import importlib.util
+import json
+import re
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = ROOT / "examples"
+TRAINING = ("plain_loop", "linear_loss", "lora", "hf_trainer", "trl_sft")
+OTHERS = ("contrastive_sampling",)
+QUICK = {"base_steps": 3, "aligned_steps": 2, "completion_steps": 2, "attacks": 2}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[[str], str]:
+    """Runs an example as a script, in this process, and returns what it printed."""
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(name: str) -> str:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_every_example_is_run() -> None:
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == {*TRAINING, *OTHERS, "tiny"}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_training_goes_down_from_the_same_loss(name: str, run: Callable[[str], str]) -> None:
+    if name == "trl_sft" and importlib.util.find_spec("trl") is None:
+        pytest.skip("trl is not installed")
+    output = run(name)
+    losses = [float(value) for value in re.findall(r"(?:loss|->) (\d+\.\d+)", output)]
+    assert losses[0] == pytest.approx(0.2806, abs=2e-4)
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_contrastive_sampling_answers(run: Callable[[str], str]) -> None:
+    assert len(run("contrastive_sampling").split()) > 1
+
+
+def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    notebook = json.loads((EXAMPLES / "microworld.ipynb").read_text(encoding="utf-8"))
+    names: dict[str, object] = {"__name__": "__notebook__"}
+    for cell in notebook["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        exec(compile("".join(cell["source"]), "microworld.ipynb", "exec"), names)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            assert names.keys() >= QUICK.keys()
+            names |= QUICK
+    assert (tmp_path / "runs" / "notebook" / "notebook.png").stat().st_size > 10_000

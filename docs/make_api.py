@@ -18,8 +18,10 @@ PAGE = Path(__file__).with_name("api.md")
 MODULES = {
     "The loss, the statistics, the sampler's draw": "deepalign",
     "Sampling": "deepalign.sampling",
+    "Data": "deepalign.data",
     "Diagnosis": "deepalign.diagnose",
     "Evaluation": "deepalign.evaluate",
+    "Defences": "deepalign.defenses",
 }
 SECTIONS = ("Args", "Returns", "Raises", "Yields", "Attributes")
 HEAD = """\

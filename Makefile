@@ -16,7 +16,7 @@ ISAS ?= avx512 avx2 portable
 # Versions of torch that the built wheel is tried with.
 TORCHES ?= 2.13.0 2.11.0
 
-.PHONY: help install demo tables test test-isas test-utility check bench bench-full docs sanitize package matrix clean
+.PHONY: help install demo tables test test-training test-rest test-isas test-utility check bench bench-full docs sanitize package matrix clean
 .PHONY: triton interpret-loss interpret-rest codegen
 .PHONY: gpu gpu-check gpu-loss gpu-sampler gpu-linear gpu-rest gpu-train gpu-sanitize gpu-profile
 help:
@@ -62,8 +62,8 @@ $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/
 	@touch -c $(NATIVE)
 
 test: $(READY) $(NATIVE)
-	@echo "== tests"
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	@echo "== tests, in two processes: what trains, and the rest"
+	@$(MAKE) --no-print-directory -j2 test-training test-rest
 	@$(MAKE) --no-print-directory test-isas
 	@$(MAKE) --no-print-directory triton
 
@@ -71,6 +71,14 @@ test: $(READY) $(NATIVE)
 test-utility: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train,utility]"
 	$(BIN)/python -m pytest tests/evaluate/test_utility.py $(PYTEST_FLAGS)
+
+# Two processes side by side on two cores; most tests are small and gain nothing from a second thread.
+TRAINING_TESTS := tests/train tests/microworld tests/evaluate tests/defenses
+test-training: $(READY) $(NATIVE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TRAINING_TESTS) $(PYTEST_FLAGS)
+
+test-rest: $(READY) $(NATIVE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests $(addprefix --ignore ,$(TRAINING_TESTS)) $(PYTEST_FLAGS)
 
 # What runs the native kernels, under the instruction sets that the run above did not take.
 test-isas: $(NATIVE)

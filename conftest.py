@@ -1,6 +1,7 @@
 """No test reaches a network. Checks that need a GPU are real tests, skipped with this reason where there is none."""
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -14,3 +15,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu") is not None:
             item.add_marker(pytest.mark.skip(reason="needs a GPU; torch.cuda.is_available() is False"))
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    """A test, or what it trains in this process, may set torch's number of threads; the next one starts as this one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)

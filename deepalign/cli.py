@@ -15,7 +15,7 @@ COMMANDS = {
     "sample": ("deepalign.sampling.cli", "contrastive decoding: talk to a model, or answer a file of prompts", False),
     "evaluate": ("deepalign.evaluate.cli", "attacks, judges, utility, and the paper's tables", False),
     "sweep": ("deepalign.train.sweep", "one training per cell of a grid of settings, and a table", True),
-    "cache-teacher": ("deepalign.train.cache_cli", "the teachers' hidden states, once, before training", True),
+    "cache-teacher": ("deepalign.train.cache_cli", "the teachers' hidden states, once, before training", False),
     "merge": ("deepalign.train.merge", "one model of a LoRA adapter and its base model", False),
 }
 
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     where, summary, overridable = COMMANDS[name]
     try:
         module = _module(where)
+        if hasattr(module, "main"):  # launchers start it too: it knows which rank says what went wrong
+            return int(module.main(words[1:]))
         own = argparse.ArgumentParser(prog=f"deepalign {name}", description=summary, allow_abbrev=False)
         module.add_arguments(own)
         if overridable:

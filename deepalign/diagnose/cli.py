@@ -16,6 +16,7 @@ from deepalign.data.contexts import (
     prefixes_of_file,
 )
 from deepalign.data.files import Message, read_jsonl, read_prompts
+from deepalign.data.sources import load_conversations, load_data, parse_spec
 from deepalign.diagnose.bootstrap import BootstrapOptions
 from deepalign.diagnose.page import below_tenth_text, number_text
 from deepalign.diagnose.positions import PositionOptions
@@ -37,7 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     models.add_argument("--dtype", choices=DTYPES, help="default: bfloat16 on a GPU, float32 on a CPU")
     models.add_argument("--device", help="default: cuda if there is one, else cpu")
     data = parser.add_argument_group("contexts")
-    data.add_argument("--harmful", required=True, help="JSONL of prompts with harmful answers (or without: --generate)")
+    data.add_argument(
+        "--harmful",
+        required=True,
+        help="prompts with harmful answers (or without: --generate): JSONL, or a data set by name",
+    )
     data.add_argument("--benign", help="JSONL of benign ones, to compare with")
     data.add_argument("--limit", type=int, help="rows read of each file (default: all)")
     prefixes = data.add_mutually_exclusive_group()
@@ -141,8 +146,14 @@ def _contexts(tokenizer: Any, path: str, options: argparse.Namespace, prefixes: 
         raise ValueError(f"{path}: {error}") from None
 
 
-def _read(path: str, *, answers: bool) -> list[list[Message]]:
-    """Conversations with answers; where none are needed, prompts alone will do."""
+def _read(spec: str, *, answers: bool) -> list[list[Message]]:
+    """Conversations with answers, of a file or a data set by name; where none are needed, prompts alone will do."""
+    parsed = parse_spec(spec)
+    if parsed.data_set is not None:
+        if answers:
+            return load_conversations(spec, announce=True)
+        return [record.messages for record in load_data(spec, announce=True)]
+    path = str(parsed.source)
     try:
         return read_jsonl(path)
     except ValueError:

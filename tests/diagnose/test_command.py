@@ -278,3 +278,19 @@ def test_rank_correlation():
 
 def as_array(values):
     return np.array(values, dtype=float)
+
+
+def test_a_data_set_by_name_is_read(models: Path, data: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (data / "harmful.jsonl").read_text().splitlines()]
+    table = tmp_path / "harmful_behaviors.csv"
+    table.write_text("goal,target\n" + "".join(f"{row['prompt']},{row['completion']}\n" for row in rows))
+    named = arguments(models, data, tmp_path / "named")
+    named[named.index(str(data / "harmful.jsonl"))] = f"advbench:{table}"
+    assert main(named) == 0
+    assert main(arguments(models, data, tmp_path / "file")) == 0
+    groups = [
+        json.loads((tmp_path / out / "report.json").read_text())["series"]["aligned"]["groups"]["harmful"]
+        for out in ("named", "file")
+    ]
+    assert groups[0] == groups[1]
+    assert groups[0]["n"] == ROWS

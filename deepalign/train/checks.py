@@ -14,7 +14,7 @@ from deepalign.kernels.completion_loss import IMPLEMENTATIONS
 from deepalign.models import check_model_path
 from deepalign.train.checkpoints import checkpoints
 from deepalign.train.config import TrainConfig, deepspeed_config_path
-from deepalign.train.launch import free_port
+from deepalign.train.launch import check_no_stale_lock, free_port
 
 
 def check_paths(config: TrainConfig) -> None:
@@ -91,3 +91,4 @@ def _check_toolchain() -> None:
                 f"{program} was not found; DeepSpeed on a CPU compiles its communication ops at start-up and needs it. "
                 f"Install {package}, or train without deepspeed (deepspeed: null)"
             )
+    check_no_stale_lock()

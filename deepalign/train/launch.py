@@ -7,9 +7,11 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 RUN = Path(__file__).with_name("run.py")
+STALE_LOCK_S = 600  # a compilation takes a minute or two
 
 
 def launch_on_cpu(config: Path, ranks: int) -> None:
@@ -41,13 +43,31 @@ def compile_cpu_ops() -> None:
     """Compile what DeepSpeed would compile when its first CPU rank starts; quick where it has been done before.
 
     Raises:
-        RuntimeError: g++ or ninja is missing, or the compiler failed.
+        RuntimeError: g++ or ninja is missing, the compiler failed, or a killed compilation left its lock.
     """
+    check_no_stale_lock()
     os.environ["DS_ACCELERATOR"] = "cpu"
     from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
 
     with contextlib.redirect_stdout(io.StringIO()):
         ShareMemCommBuilder().load(verbose=False)
+
+
+def check_no_stale_lock() -> None:
+    """Refuse to start where a compilation of DeepSpeed's ops was killed: torch's extension builder would wait for its
+    lock for ever, without a word.
+
+    Raises:
+        RuntimeError: there is a lock that is older than any compilation takes.
+    """
+    own = os.environ.get("TORCH_EXTENSIONS_DIR")
+    root = Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "torch_extensions"
+    for lock in (path for pattern in ("deepspeed_*/lock", "*/deepspeed_*/lock") for path in root.glob(pattern)):
+        if time.time() - lock.stat().st_mtime > STALE_LOCK_S:
+            raise RuntimeError(
+                f"{lock} is older than {STALE_LOCK_S // 60} minutes: a compilation of DeepSpeed's ops was killed, "
+                "and every start waits for it. If nothing compiles now, delete that file and start again"
+            )
 
 
 def free_port() -> int:

@@ -1,6 +1,7 @@
 """run.py in one process: the loss it minimises, what it writes, what it refuses before any work."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deepalign.data.chat import encode_example
 from deepalign.data.files import read_jsonl
 from deepalign.data.steps import HARMFUL, UTILITY, RowWeights, StepDataset
+from deepalign.train.launch import check_no_stale_lock
 from deepalign.train.run import main
 from tests.tiny import WORDS, make_model, make_tokenizer
 from tests.train.tiny_run import TinyRun, read_metrics
@@ -213,6 +215,17 @@ def test_a_missing_compiler_or_ninja_is_said_before_deepspeed_needs_it(
     monkeypatch.delenv("CXX", raising=False)
     message = refused(tiny_run.config(tmp_path / "out"), "--deepspeed", "zero2")
     assert f"{missing} was not found" in message
+
+
+def test_the_lock_of_a_killed_compilation_is_named(tiny_run: TinyRun, tmp_path, refused, monkeypatch):
+    lock = tmp_path / "extensions" / "deepspeed_shm_comm" / "lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(lock.parents[1]))
+    check_no_stale_lock()  # young: somebody compiles
+    os.utime(lock, (0, 0))
+    message = refused(tiny_run.config(tmp_path / "out"), "--deepspeed", "zero2")
+    assert f"{lock} is older than 10 minutes" in message
 
 
 def test_ranks_that_transformers_does_not_see_are_refused(tiny_run: TinyRun, tmp_path, refused, monkeypatch):

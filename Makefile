@@ -62,9 +62,8 @@ $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/
 	@touch -c $(NATIVE)
 
 test: $(READY) $(NATIVE)
-	@echo "== tests, in two processes: what trains, and the rest"
-	@$(MAKE) --no-print-directory -j2 test-training test-rest
-	@$(MAKE) --no-print-directory test-isas
+	@echo "== tests, two processes at a time: what trains, the rest, the native kernels under other instruction sets"
+	@$(MAKE) --no-print-directory -j2 test-training test-rest test-isas
 	@$(MAKE) --no-print-directory triton
 
 # lm-eval is heavy: its tests are skipped where it is not installed, as in make test.

@@ -4,8 +4,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from deepalign.defenses.lora import LoraSettings
 from deepalign.defenses.salora import SaLoraSettings
 from deepalign.evaluate.answers import AnswerOptions
@@ -15,7 +13,7 @@ from deepalign.evaluate.gcg import GcgSettings
 from deepalign.evaluate.gcg_attack import PAPER_SEEDS
 from deepalign.evaluate.reasoning import HARMFUL_JUDGE, REASONING_JUDGE
 from deepalign.evaluate.utility import UtilitySettings
-from deepalign.train.config import build_dataclass
+from deepalign.train.config import build_dataclass, read_settings
 
 
 @dataclass(frozen=True)
@@ -101,14 +99,5 @@ def load_suite(path: str | Path) -> SuiteConfig:
         FileNotFoundError, ValueError, TypeError: no such file, not YAML, an unknown key (the nearest one is suggested),
             a value of another type or out of range.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"--config: {path} does not exist")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
-    config: SuiteConfig = build_dataclass(SuiteConfig, values)
+    config: SuiteConfig = build_dataclass(SuiteConfig, read_settings(path))
     return config

@@ -141,6 +141,19 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
             out of range.
         TypeError: a value of another type than its field's.
     """
+    values = read_settings(path)
+    values, pairs = choose_variant(values, _parse_overrides(overrides))
+    for key, value in pairs:
+        _set(values, key.split("."), value)
+    return build_dataclass(TrainConfig, values, prefix="")
+
+
+def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The keys and values of a YAML file.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or not a YAML mapping.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"--config: {path} does not exist")
@@ -150,10 +163,7 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
-    values, pairs = choose_variant(values, _parse_overrides(overrides))
-    for key, value in pairs:
-        _set(values, key.split("."), value)
-    return build_dataclass(TrainConfig, values, prefix="")
+    return values
 
 
 def deepspeed_config_path(value: str) -> Path:

@@ -14,6 +14,9 @@
 // dropped, the others listed row by row and multiplied by themselves. `row_levels` chooses the levels: what is dropped
 // belongs to 1/64 of a row's sum of squares at most.
 //
+// An out that is larger than the caches and written once, logits of short hidden states, is written past them: a store
+// reads its cache line first otherwise, which at depth 64 to 256 costs a tenth of the time or more.
+//
 // Every entry of out is summed in the order of the depth, whatever the other rows and columns are: the result does not
 // depend on how rows are cut into chunks, nor on the number of threads. The instruction takes subnormals for 0.
 #pragma once
@@ -29,6 +32,7 @@ constexpr int64_t kRows = 8, kColumns = 48;  // of a tile
 constexpr int64_t kDepth = 512;              // of a block
 constexpr int64_t kPanels = 11;              // panels of the right matrix in a block
 constexpr int64_t kLeftPanels = 16;          // panels of the left matrix in a block
+constexpr int64_t kCached = 16 << 20;         // bytes of out up to which it may still be in cache when it is read
 constexpr float kDropped = 1.0f / 64;        // share of a row's sum of squares whose second terms may be dropped
 
 DEEPALIGN_INLINE __mmask16 lanes(int64_t n) { return n >= 16 ? __mmask16(0xffff) : n <= 0 ? __mmask16(0) : __mmask16((1u << n) - 1u); }
@@ -263,9 +267,9 @@ DEEPALIGN_INLINE void add_listed(const uint32_t* pairs, const int32_t* steps, in
 }
 
 // A tile of out: rows x columns of it exist. `second`: null if there are no second terms. `fetch`: `fetches` <= pairs
-// addresses to prefetch on the way.
+// addresses to prefetch on the way. `stream`: out is not added to, and its cache lines are written past the caches.
 DEEPALIGN_INLINE void tile(const uint32_t* left, const uint32_t* right, int64_t pairs, const SecondTerms* second, float* out,
-                           int64_t stride, int64_t rows, int64_t columns, bool add, const char* const* fetch, int64_t fetches) {
+                           int64_t stride, int64_t rows, int64_t columns, bool add, bool stream, const char* const* fetch, int64_t fetches) {
   Sums sums;
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) {
@@ -288,7 +292,11 @@ DEEPALIGN_INLINE void tile(const uint32_t* left, const uint32_t* right, int64_t 
       float* at = out + r * stride + 16 * g;
       const __mmask16 mask = lanes(columns - 16 * g);
       const __m512 sum = add ? _mm512_add_ps(_mm512_maskz_loadu_ps(mask, at), sums.at[r][g]) : sums.at[r][g];
-      _mm512_mask_storeu_ps(at, mask, sum);
+      if (stream && mask == __mmask16(0xffff)) {
+        _mm512_stream_ps(at, sum);
+      } else {
+        _mm512_mask_storeu_ps(at, mask, sum);
+      }
     }
   }
 }
@@ -300,6 +308,7 @@ class GemmColumns {
   GemmColumns(const GemmArgs& args, int64_t first, int64_t last)
       : args_(args), first_(first), last_(last),
         panels_(kPanels * std::max<int64_t>(1, kDepth / std::max<int64_t>(64, args.depth + args.depth % 2))),
+        stream_(streams(args)),
         memory_(size_t(((1 + kListed) * kLeftPanels * kRows + kPanels * kColumns) * kDepth / 2 + 32)),
         steps_(size_t(kListed * (kLeftPanels * kRows * kDepth / 2 + 16))) {
     right_ = reinterpret_cast<uint32_t*>((reinterpret_cast<uintptr_t>(memory_.data()) + 63) & ~uintptr_t(63));
@@ -310,10 +319,16 @@ class GemmColumns {
     for (int64_t j = first_; j < last_; j += panels_ * kColumns) {
       for (int64_t k = 0; k < args_.depth; k += kDepth) block(j, k);
     }
+    if (stream_) _mm_sfence();  // other threads read what was written past the caches
   }
 
  private:
   static constexpr int64_t kListed = std::is_same_v<T, float>;  // second terms
+
+  static bool streams(const GemmArgs& args) {
+    const bool whole_lines = reinterpret_cast<uintptr_t>(args.out) % 64 == 0 && args.out_stride % 16 == 0;
+    return whole_lines && !args.accumulate && args.depth <= kDepth && 4 * args.rows * args.columns > kCached;
+  }
 
   int64_t columns_at(int64_t j) const { return std::min(panels_ * kColumns, last_ - j); }
   int64_t depth_at(int64_t k) const { return std::min(kDepth, args_.depth - k); }
@@ -366,7 +381,7 @@ class GemmColumns {
         const int64_t fetches = prefetch.addresses(share, addresses);
         tile(left_ + r * pairs, right_ + c * pairs, pairs, kListed ? second + r / kRows : nullptr,
              args_.out + (i + r) * args_.out_stride + j + c, args_.out_stride, rows - r, std::min(kColumns, columns - c),
-             args_.accumulate || k > 0, addresses, fetches);
+             args_.accumulate || k > 0, stream_, addresses, fetches);
       }
     }
   }
@@ -374,6 +389,7 @@ class GemmColumns {
   const GemmArgs& args_;
   const int64_t first_, last_;
   const int64_t panels_;  // of the right matrix in a block: more of them where they are short
+  const bool stream_;
   std::vector<uint32_t> memory_;
   std::vector<int32_t> steps_;  // of second terms
   uint32_t *right_, *left_;

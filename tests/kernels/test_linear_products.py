@@ -48,6 +48,33 @@ def test_products(dtype: torch.dtype, left_dtype: str, route: str, monkeypatch: 
                 assert float((out[:rows, :columns] - 2 * expected).abs().max()) <= 4 * scale
 
 
+@needs_bf16
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_result_larger_than_the_caches_is_that_of_its_parts(threads: int) -> None:
+    """Beyond 16 MiB whole cache lines are written past the caches, where they are aligned."""
+    rows, depth, columns = 42, 6, 100003
+    left = matrix(rows, depth, "plain", torch.bfloat16, 0)
+    right = matrix(depth, columns, "transposed", torch.bfloat16, 1)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        wide = torch.full((rows + 1, columns + 13), math.nan)
+        shifted = torch.full((rows + 1, columns + 13), math.nan)
+        product_(left, right, wide[:rows, :columns])
+        product_(left, right, shifted[:rows, 3 : columns + 3])
+        half = torch.empty(rows, 50016)
+        product_(left, right[:, :50016], half)
+    finally:
+        torch.set_num_threads(before)
+    assert wide.data_ptr() % 64 == 0
+    assert wide.stride(0) % 16 == 0
+    assert torch.equal(wide[:rows, :columns], shifted[:rows, 3 : columns + 3])
+    assert torch.equal(wide[:rows, :50016], half)
+    assert float((half - left.float() @ right[:, :50016].float()).abs().max()) < 1e-5
+    assert bool(wide[rows:].isnan().all())
+    assert bool(wide[:, columns:].isnan().all())
+
+
 def test_float64_stays_float64() -> None:
     left, right = matrix(5, 70, "plain", torch.float64, 0), matrix(70, 6, "transposed", torch.float64, 1)
     out = torch.empty(5, 6, dtype=torch.float64)

@@ -7,7 +7,7 @@ from deepalign.kernels.position_divergence.api import (
     base_favored_tokens,
     position_divergence,
 )
-from deepalign.kernels.position_divergence.linear import linear_position_divergence
+from deepalign.kernels.position_divergence.linear import linear_position_divergence, linear_position_statistics
 from deepalign.kernels.position_divergence.statistics import PositionStatistics, position_statistics
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "PositionStatistics",
     "base_favored_tokens",
     "linear_position_divergence",
+    "linear_position_statistics",
     "position_divergence",
     "position_statistics",
 ]

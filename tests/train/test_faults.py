@@ -40,16 +40,20 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert not hidden, "what was half-written is gone"
 
 
-def test_one_rank_killed_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
-    """Two ranks under DeepSpeed; rank 1 kills itself (-9) while checkpoint-8 is written; later everything is killed."""
+def test_a_rank_killed_in_a_step_then_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
+    """Two ranks, killed by -9 three times; started by torchrun (as under slurm), by deepspeed, as a module, by torchrun.
+
+    Bit for bit the run of DeepSpeed's launcher that was never interrupted.
+    """
     out, log = tmp_path / "out", tmp_path / "log"
     config = tiny_run.config(out, **LONG)
-    process = launch([FAULT, "checkpoint", "--config", config], log)
-    assert process.wait(timeout=600) != 0, "the launcher reports the rank's death"
+    assert torchrun([FAULT, "step", "--config", config], log).wait(timeout=600) != 0, "it ends the other rank"
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert launch([FAULT, "checkpoint", "--config", config], log).wait(timeout=600) != 0
     assert (out / "checkpoint-4").is_dir()
     assert not (out / "checkpoint-8").exists()
 
-    process = launch([RUN, "--config", config], log)
+    process = launch(["--module", "deepalign.train.run", "--config", config], log)
     wait_for(lambda: (out / "checkpoint-12").is_dir(), process, log)
     kill(process)
     assert not (out / "final").exists(), "the run ended before it could be killed: give it more steps"
@@ -57,18 +61,7 @@ def test_one_rank_killed_in_a_checkpoint_then_all_killed_the_run_is_the_same(tin
         file.write('{"step": 23, "loss": 99.0}\n{"step": 2')
 
     last = tmp_path / "last"
-    assert "error:" not in finish(launch(["--module", "deepalign.train.run", "--config", config], last), last)
-    assert_same_run(out, ran / "uninterrupted")
-
-
-def test_under_torchrun_one_rank_killed_in_a_step_ends_the_other_and_the_run_is_the_same(tiny_run, ran, tmp_path):
-    """As slurm users start it (docs/training-launch.md): bit for bit what DeepSpeed's launcher trained."""
-    out, log = tmp_path / "out", tmp_path / "log"
-    config = tiny_run.config(out, **LONG)
-    assert torchrun([FAULT, "step", "--config", config], log).wait(timeout=600) != 0
-    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
-    assert (out / "checkpoint-4").is_dir()
-    finish(torchrun([RUN, "--config", config, "--world_size", "2"], log), log)
+    assert "error:" not in finish(torchrun([RUN, "--config", config, "--world_size", "2"], last), last)
     assert_same_run(out, ran / "uninterrupted")
 
 

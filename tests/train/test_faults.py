@@ -41,7 +41,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
 
 
 def test_a_rank_killed_in_a_step_then_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
-    """Two ranks, killed by -9 three times; started by torchrun (as under slurm), by deepspeed, as a module, by torchrun.
+    """Two ranks, killed by -9 three times; started by torchrun (as under slurm), deepspeed, as a module, by torchrun.
 
     Bit for bit the run of DeepSpeed's launcher that was never interrupted.
     """

@@ -18,7 +18,7 @@ def test_all_paths_are_measured_and_take_the_same_steps(tmp_path: Path) -> None:
         assert row["peak_extra_mib"] > 0
         assert len(row["losses"]) == STEPS
     # the cache is in bfloat16, the teachers are not
-    for path, tolerance in (("linear_online", 1e-5), ("linear", 1e-2)):
+    for path, tolerance in (("linear_online", 1e-4), ("linear", 1e-2)):
         assert rows[path]["losses"] == pytest.approx(rows["eager"]["losses"], rel=tolerance)
 
 

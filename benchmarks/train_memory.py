@@ -1,140 +1,127 @@
-"""Peak memory of one training step at V = 128256: the linear loss with stored teachers against the eager logits path.
+"""Peak memory of a training step at V = 128256: the linear loss with cached teachers against the eager logits path.
 
-    python -m benchmarks.train_memory --out benchmarks/results/train-memory.json
+    python -m benchmarks.train_memory --out docs/results/train-memory.json
 
-A step is what the trainer does: the student's forward with the loss in it, backward, AdamW. Each path runs in a process
-of its own: "eager" with loss_form logits, the reference implementation and two whole teachers; "linear" with the
-linear loss, and of the teachers only their heads and hidden states, as a teacher cache gives them; "linear_online" with
-two whole teachers. The model is tiny in all but its vocabulary, so what is measured is what the vocabulary costs.
+Every path is a training by run.py's own `prepare` and `train` in a process of its own, on the same random pair of
+models and the same data, float32 on a CPU: "eager" with loss_form logits, the reference implementation and two whole
+teachers; "linear" with the linear loss and what `deepalign cache-teacher` wrote; "linear_online" with the linear loss
+and two whole teachers. The models are tiny in all but their vocabulary, so what is measured is what it costs.
+
+Two figures: what is held between two steps (models, moments, heads), and what one step holds beyond that at its peak
+(activations, loss, gradients, the optimizer's temporaries).
 """
 
 import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import TrainerCallback
 
 from benchmarks import allocator
 from benchmarks.environment import machine, row_environment
-from benchmarks.interleaved import Contestant
-from benchmarks.peak_memory import peak_extra_bytes
-from deepalign.data.steps import Batch
-from deepalign.kernels.completion_loss import CompletionLossConfig
-from deepalign.output_head import OutputHead, output_head
-from deepalign.train.completion_forward import attach_completion_loss
-from deepalign.train.teachers import OnlineTeachers, Teachers
+from benchmarks.peak_memory import restart_peak, status_bytes
+from benchmarks.training_pair import PairSize, make_pair, write_config
+from deepalign.data.files import write_text_atomic
+from deepalign.train import cache_cli
+from deepalign.train.config import load_config
+from deepalign.train.prepare import prepare
+from deepalign.train.run import train
 
-PATHS = ("eager", "linear", "linear_online")
-VOCAB, HIDDEN, SEQUENCES, TOKENS = 128256, 64, 4, 128
-
-
-class StoredTeachers(Teachers):
-    """Heads and hidden states alone, as a cache holds them."""
-
-    def __init__(self, aligned: OutputHead, base: OutputHead, hidden: tuple[Tensor, Tensor]) -> None:
-        self.heads, self.stored = (aligned, base), hidden
-
-    @property
-    def aligned_head(self) -> OutputHead:
-        """The aligned model's head."""
-        return self.heads[0]
-
-    @property
-    def base_head(self) -> OutputHead:
-        """The base model's head."""
-        return self.heads[1]
-
-    def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What was stored for the only batch there is."""
-        return self.stored
-
-    def to(self, device: torch.device) -> None:
-        """Everything is where it should be."""
+MIB = 2**20
+VOCAB, HIDDEN, STEPS = 128256, 64, 4
+# A step has 2 + 2 rows, whose answers are 127 words and their end: 512 answer tokens.
+ROWS, ANSWER = 4, 127
+PATHS: dict[str, dict[str, object]] = {
+    "eager": {"loss_form": "logits", "implementation": "reference", "teacher": "online"},
+    "linear_online": {"teacher": "online"},
+    "linear": {"teacher": "cache"},
+}
 
 
-def model(seed: int, vocab: int) -> LlamaForCausalLM:
-    """Tiny in all but its vocabulary."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2}
-    return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, max_position_embeddings=TOKENS, **shape))
+def write_inputs(folder: Path, vocab: int) -> None:
+    """Models, data, teacher cache, and a configuration per path."""
+    size = PairSize(vocab, HIDDEN, layers=1, examples=8, prompt=8, answer=ANSWER, batch=ROWS // 2)
+    values = make_pair(folder, size) | {"teacher_cache": str(folder / "cache"), "max_steps": STEPS}
+    for path, changes in PATHS.items():
+        write_config(folder / f"{path}.yaml", values | changes | {"output_dir": str(folder / path)})
+    if cache_cli.main(["--config", str(folder / "linear.yaml"), "--no-progress"]) != 0:
+        raise RuntimeError("cache-teacher failed; see its output")
 
 
-def batch(vocab: int, sequences: int) -> Batch:
-    """Every position carries both weights."""
-    ids = torch.randint(vocab, (sequences, TOKENS), generator=torch.Generator().manual_seed(0))
-    weight = torch.full((ids.numel(),), 1.0 / ids.numel())
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "row_index": torch.arange(ids.numel())}
-    return inputs | {"kl_weight": weight, "completion_weight": weight}
+class StepPeak(TrainerCallback):
+    """Resident memory before every step, and the highest while it ran."""
+
+    def __init__(self) -> None:
+        self.before: list[int] = []
+        self.peak: list[int] = []
+
+    def on_step_begin(self, *args: object, **options: object) -> None:
+        """The batch is there; gradients of the last step are gone."""
+        self.before.append(restart_peak())
+
+    def on_step_end(self, *args: object, **options: object) -> None:
+        """Weights are updated, nothing is logged or saved yet."""
+        self.peak.append(status_bytes("VmHWM"))
 
 
-def student_and_batch(path: str, vocab: int, sequences: int) -> tuple[LlamaForCausalLM, Batch]:
-    """A student whose forward returns the loss, computed by one path, and what it is called with."""
-    student, inputs = model(2, vocab), batch(vocab, sequences)
-    teachers: Teachers = OnlineTeachers(*(model(seed, vocab).requires_grad_(False).eval() for seed in (0, 1)))
-    if path == "linear":
-        heads = [OutputHead(output_head(m).lm_head.detach().clone()) for m in (teachers.aligned, teachers.base)]
-        teachers = StoredTeachers(heads[0], heads[1], teachers.hidden(inputs))
-    attach_completion_loss(
-        student,
-        teachers,
-        config=CompletionLossConfig(),
-        vocab_size=vocab,
-        form="logits" if path == "eager" else "linear",
-        implementation="reference" if path == "eager" else None,
-    )
-    return student, inputs
-
-
-def training_step(path: str, vocab: int, sequences: int) -> Callable[[], None]:
-    """One training step by one path, to be called again and again."""
-    student, inputs = student_and_batch(path, vocab, sequences)
-    optimizer = torch.optim.AdamW(student.parameters(), 1e-4)
-
-    def call() -> None:
-        student(**inputs)["loss"].backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return call
-
-
-def measure(path: str, vocab: int, sequences: int) -> dict[str, Any]:
-    """One row of the results."""
+def measure(path: str, folder: Path) -> dict[str, Any]:
+    """One row of the results: a training in this process, the largest of all steps but the first."""
     if not allocator.return_memory():
         raise RuntimeError(f"peak memory needs glibc's own malloc; this process has: {allocator.description()}")
-    extra = peak_extra_bytes(Contestant(training_step(path, vocab, sequences)))
-    row = {"operation": "training_step", "path": path, "vocab": vocab, "hidden": HIDDEN, "rows": sequences * TOKENS}
-    row |= row_environment("reference" if path == "eager" else "cpu", "cpu")
-    return row | {"peak_extra_mib": round(extra / 2**20, 1), "logits_mib": sequences * TOKENS * vocab * 4 / 2**20}
+    config = load_config(folder / f"{path}.yaml")
+    imported, peaks = restart_peak(), StepPeak()
+    run = prepare(config)
+    run.trainer.add_callback(peaks)
+    train(run)
+    lines = (folder / path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    # the first step makes the optimizer's moments, which the others find there
+    extra = max(peak - before for peak, before in zip(peaks.peak[1:], peaks.before[1:], strict=True))
+    return {
+        "operation": "training_step",
+        "path": path,
+        "answer_tokens": ROWS * (ANSWER + 1),
+        **row_environment(config.implementation or "cpu", "cpu"),
+        "held_mib": round((peaks.before[-1] - imported) / MIB, 1),
+        "peak_extra_mib": round(extra / MIB, 1),
+        "losses": [json.loads(line)["loss"] for line in lines],
+    }
 
 
-def main(words: list[str] | None = None) -> int:
-    """Measure one path, or all of them in processes of their own."""
+def measured_paths(vocab: int) -> dict[str, Any]:
+    """All paths, each in a process of its own, and the shares that the linear loss with a cache takes."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        write_inputs(Path(folder), vocab)
+        for path in PATHS:
+            command = [sys.executable, "-m", "benchmarks.train_memory", "--path", path, "--folder", folder]
+            shown = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+            rows.append(json.loads(shown.splitlines()[-1]))
+    eager, *_, linear = rows
+    step = linear["peak_extra_mib"] / eager["peak_extra_mib"]
+    whole = (linear["held_mib"] + linear["peak_extra_mib"]) / (eager["held_mib"] + eager["peak_extra_mib"])
+    shares = {"linear_share_of_eager": round(step, 4), "linear_share_with_models": round(whole, 4)}
+    return {"machine": machine(), "vocab": vocab, "hidden": HIDDEN, "steps": STEPS, "rows": rows, **shares}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure all paths (or, for this script's own use, one)."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--path", choices=PATHS)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="JSON to write")
     parser.add_argument("--vocab", type=int, default=VOCAB)
-    parser.add_argument("--sequences", type=int, default=SEQUENCES, help=f"of {TOKENS} tokens")
+    parser.add_argument("--path", choices=PATHS, help="train this path in this process")
+    parser.add_argument("--folder", type=Path, help="of --path: models, data, cache, configurations")
     options = parser.parse_args(words)
     if options.path is not None:
-        print(json.dumps(measure(options.path, options.vocab, options.sequences)))
+        print(json.dumps(measure(options.path, options.folder)))
         return 0
-    sizes = [f"--vocab={options.vocab}", f"--sequences={options.sequences}"]
-    rows = []
-    for path in PATHS:
-        command = [sys.executable, "-m", "benchmarks.train_memory", f"--path={path}", *sizes]
-        rows.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))
-    peaks = {row["path"]: row["peak_extra_mib"] for row in rows}
-    result = machine() | {"rows": rows, "linear_share_of_eager": round(peaks["linear"] / peaks["eager"], 4)}
-    text = json.dumps(result, indent=1) + "\n"
+    text = json.dumps(measured_paths(options.vocab), indent=1) + "\n"
     if options.out is not None:
-        options.out.write_text(text, encoding="utf-8")
+        write_text_atomic(options.out, text)
     print(text)
     return 0
 

@@ -29,7 +29,7 @@ from benchmarks.peak_memory import restart_peak, status_bytes
 from deepalign.data.files import write_text_atomic
 from deepalign.train.config import LoraConfig
 from deepalign.train.estimate import Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
-from deepalign.train.launch import free_port
+from deepalign.train.launch import cpu_environment, free_port
 from deepalign.train.preview import EFFICIENCY
 
 MIB = 2**20
@@ -164,19 +164,13 @@ def measure(run: Run, folder: Path) -> list[dict[str, Any]]:
     }
     write_text_atomic(config, yaml.safe_dump(values))
     out.mkdir(parents=True, exist_ok=True)
-    beside_python = Path(sys.executable).parent
-    environ = os.environ | {
-        "DS_ACCELERATOR": "cpu",
-        "OMP_NUM_THREADS": "1",
-        "PATH": f"{beside_python}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONPATH": str(Path(__file__).parents[1]),
-    }
+    environ = cpu_environment(threads=1) | {"PYTHONPATH": str(Path(__file__).parents[1])}
     module = "benchmarks.training_estimate"
     words = ["--worker", str(out), "--config", str(config)]
     if run.ranks == 1:
         command = [sys.executable, "-m", module, *words]
     else:
-        command = [str(beside_python / "deepspeed"), "--num_accelerators", str(run.ranks)]
+        command = [str(Path(sys.executable).with_name("deepspeed")), "--num_accelerators", str(run.ranks)]
         command += ["--master_port", str(free_port()), "--module", module, *words]
     with (out / "output.log").open("ab") as log:
         subprocess.run(command, env=environ, stdout=log, stderr=log, check=True)

@@ -30,6 +30,7 @@ from deepalign.train.teacher_cache import DTYPES, CacheIndex, plan_shards
 from deepalign.train.teacher_cache_write import MIB, Report, Teacher, write_teacher_cache
 from deepalign.train.teacher_fingerprint import model_folder
 from deepalign.train.teacher_models import cache_fingerprint, quantization_options
+from deepalign.train.teachers import move_model
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +100,7 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> _Plan:
     check_quantization(config, on_gpu)
     tokenizer = load_common_tokenizer(config)
     harmful, utility = load_streams(config, tokenizer, verbose=True)
-    dtype = torch.bfloat16 if (on_gpu if config.bf16 is None else config.bf16) else torch.float32
+    dtype = torch.bfloat16 if config.in_bf16(on_gpu) else torch.float32
     paths = {"aligned": config.aligned, "base": config.base}
     hidden_sizes = {name: _hidden_size(path) for name, path in paths.items()}
     examples = [*harmful, *utility]
@@ -128,9 +129,8 @@ def _plan(options: argparse.Namespace, overrides: Sequence[str]) -> _Plan:
 
 def _load(path: str, plan: _Plan) -> PreTrainedModel:
     model = load_frozen_model(path, plan.dtype, quantization_options(plan.quantization, plan.dtype))
-    if plan.quantization is None:  # a quantised model is loaded where it stays
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if plan.on_gpu else torch.device("cpu")
-        torch.nn.Module.to(model, device)
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if plan.on_gpu else torch.device("cpu")
+    move_model(model, device)
     return model
 
 

@@ -57,7 +57,7 @@ class CachedTeachers(Teachers):
         index = read_index(folder)
         remedy = "restore these settings, or write another cache: `deepalign cache-teacher` with another teacher_cache"
         check_fingerprint(folder, index.fingerprint, fingerprint, remedy)
-        shards = [(teacher, shard) for teacher in TEACHERS for shard in range(index.shards)]
+        shards = index.all_shards
         with ThreadPoolExecutor(_CHECKERS) as pool:
             checked = pool.map(lambda shard: damaged_shards(folder, index, [shard]), shards)
             bar = tqdm(checked, desc="check the teacher cache", total=len(shards), unit="shard", disable=not progress)

@@ -15,7 +15,9 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from deepalign.data.files import write_text_atomic
 
 METRICS_FILE = "metrics.jsonl"
+SUMMARY_FILE = "run.json"
 RESUME_FILE = "resume.json"
+CARD_FILE = "README.md"
 STAGING = ".incomplete"
 
 

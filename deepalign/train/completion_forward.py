@@ -10,7 +10,7 @@ heads and holds the logits of the weighted rows of all three: for comparison, an
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ LossForm = Literal["linear", "logits"]
 
 # What the forward sums over a batch's rows, in this order.
 SUMS = ("kl", "completion", "alpha", "base_favored_count", "mean_logit", "aligned_mean_logit", "rows")
+# What of a batch the loss is told about each row, beside hidden states or logits.
+ROW_OPTIONS = ("kl_weight", "completion_weight", "top_k_indices")
 _MEAN_CHUNK = 16384  # vocabulary entries averaged at a time: no float32 copy of a whole head
 
 
@@ -61,13 +63,15 @@ def attach_completion_loss(
         A function that gives the model its own forward back.
     """
     model_forward = model.forward
+    settings = {"config": config, "vocab_size": vocab_size, "reduction": "sum", "implementation": implementation}
 
     def completion_forward(**batch: Tensor) -> dict[str, Tensor]:
+        options = settings | {name: batch.get(name) for name in ROW_OPTIONS}
         # teachers first: what they need is free again before the student's activations are kept
         if form == "linear":
-            output, means = _linear(model, teachers, batch, config, vocab_size, implementation)
+            output, means = _linear(model, teachers, batch, options)
         else:
-            output, means = _logits(model_forward, teachers, batch, config, vocab_size, implementation)
+            output, means = _logits(model_forward, teachers, batch, options)
         return _statistics(output, means, batch)
 
     model.forward = completion_forward
@@ -82,12 +86,7 @@ Means = tuple[Tensor, Tensor]  # mean logit of student and aligned model per row
 
 
 def _linear(
-    model: PreTrainedModel,
-    teachers: Teachers,
-    batch: Batch,
-    config: CompletionLossConfig,
-    vocab_size: int,
-    implementation: str | None,
+    model: PreTrainedModel, teachers: Teachers, batch: Batch, options: dict[str, Any]
 ) -> tuple[CompletionLossOutput, Means]:
     aligned_RH, base_RH = teachers.hidden(batch)
     student_RH = rows_of(hidden_states(model, **model_inputs(batch)), batch["row_index"])
@@ -99,26 +98,16 @@ def _linear(
         aligned.lm_head,
         base_RH,
         base.lm_head,
-        kl_weight=batch["kl_weight"],
-        completion_weight=batch["completion_weight"],
-        top_k_indices=batch.get("top_k_indices"),
-        config=config,
-        vocab_size=vocab_size,
-        reduction="sum",
         logit_softcap=student.logit_softcap,
         logit_scale=student.logit_scale,
-        implementation=implementation,
+        **options,
     )
-    return output, (mean_logit(student_RH, student, vocab_size), mean_logit(aligned_RH, aligned, vocab_size))
+    size = options["vocab_size"]
+    return output, (mean_logit(student_RH, student, size), mean_logit(aligned_RH, aligned, size))
 
 
 def _logits(
-    model_forward: Callable[..., object],
-    teachers: Teachers,
-    batch: Batch,
-    config: CompletionLossConfig,
-    vocab_size: int,
-    implementation: str | None,
+    model_forward: Callable[..., object], teachers: Teachers, batch: Batch, options: dict[str, Any]
 ) -> tuple[CompletionLossOutput, Means]:
     aligned_RV, base_RV = teachers.logits(batch)
     logits_BTV: Tensor = model_forward(**model_inputs(batch), use_cache=False).logits  # type: ignore[attr-defined]
@@ -126,20 +115,10 @@ def _logits(
     width = min(logits.shape[-1] for logits in (student_RV, aligned_RV, base_RV))
     dtype = torch.promote_types(student_RV.dtype, aligned_RV.dtype)
     student_RV, aligned_RV, base_RV = (logits[:, :width].to(dtype) for logits in (student_RV, aligned_RV, base_RV))
-    output = fused_completion_loss(
-        student_RV,
-        aligned_RV,
-        base_RV,
-        kl_weight=batch["kl_weight"],
-        completion_weight=batch["completion_weight"],
-        top_k_indices=batch.get("top_k_indices"),
-        config=config,
-        vocab_size=vocab_size,
-        reduction="sum",
-        implementation=implementation,
-    )
+    output = fused_completion_loss(student_RV, aligned_RV, base_RV, **options)
     student_R, aligned_R = (
-        logits.detach()[:, :vocab_size].mean(dim=-1, dtype=torch.float32) for logits in (student_RV, aligned_RV)
+        logits.detach()[:, : options["vocab_size"]].mean(dim=-1, dtype=torch.float32)
+        for logits in (student_RV, aligned_RV)
     )
     return output, (student_R, aligned_R)
 

@@ -127,6 +127,14 @@ class TrainConfig:
                 "teacher is 'cache' but teacher_cache is not set; give the folder that `deepalign cache-teacher` writes"
             )
 
+    def in_bf16(self, on_gpu: bool) -> bool:
+        """Whether models run in bfloat16: as `bf16` says, or on a GPU."""
+        return on_gpu if self.bf16 is None else self.bf16
+
+    def is_checkpointing(self, on_gpu: bool) -> bool:
+        """Whether layers are run again in the backward: as `gradient_checkpointing` says, or on a GPU."""
+        return on_gpu if self.gradient_checkpointing is None else self.gradient_checkpointing
+
 
 def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a YAML file and apply command-line overrides.

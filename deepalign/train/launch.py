@@ -24,19 +24,26 @@ def launch_on_cpu(config: Path, ranks: int) -> None:
     Raises:
         RuntimeError: the launcher is not installed, or the training ended with an error.
     """
-    # as in an activated environment: with another ninja on PATH, DeepSpeed would compile its ops anew
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
-    launcher = shutil.which("deepspeed", path=path)
+    environment = cpu_environment(threads=max(1, len(os.sched_getaffinity(0)) // ranks))
+    launcher = shutil.which("deepspeed", path=environment["PATH"])
     if launcher is None:
         raise RuntimeError("the deepspeed launcher was not found; install the package with its train extra")
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
-    environment = os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
     words = ["--num_accelerators", str(ranks), "--master_port", str(free_port()), "--log_level", "error"]
     words += [str(RUN), "--config", str(config)]
     print("$", " ".join(["deepspeed", *words]), flush=True)
     code = subprocess.run([launcher, *words], env=environment, check=False).returncode
     if code != 0:
         raise RuntimeError(f"training failed with exit code {code} (see its output above); configuration: {config}")
+
+
+def cpu_environment(threads: int) -> dict[str, str]:
+    """This process's environment for a CPU rank, or for the launcher of several.
+
+    Programs beside this Python come first, as in an activated environment: with another ninja on PATH, DeepSpeed would
+    compile its ops anew.
+    """
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return os.environ | {"PATH": path, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": str(threads)}
 
 
 def compile_cpu_ops() -> None:

@@ -9,9 +9,7 @@ from peft import PeftConfig, PeftModel
 from transformers import AutoConfig
 
 from deepalign.models import check_model_path, load_model, load_tokenizer
-from deepalign.train.checkpoints import replace_folder
-
-CARD = "README.md"
+from deepalign.train.checkpoints import CARD_FILE, replace_folder
 
 
 def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> None:
@@ -42,9 +40,9 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     merged.save_pretrained(staging)
     load_tokenizer(str(adapter)).save_pretrained(staging)
-    if (adapter / CARD).is_file():
-        text = (adapter / CARD).read_text(encoding="utf-8")
-        (staging / CARD).write_text(f"{text}\nThe adapter described above, merged into its base model.\n", "utf-8")
+    if (adapter / CARD_FILE).is_file():
+        text = (adapter / CARD_FILE).read_text(encoding="utf-8")
+        (staging / CARD_FILE).write_text(f"{text}\nThe adapter described above, merged into its base model.\n", "utf-8")
     if out.exists():
         out.rmdir()
     replace_folder(staging, out)

@@ -134,9 +134,17 @@ class StepGuard(TrainerCallback):
         self.skipped_steps += 1
         if _rank() == 0:
             print(f"warning: {what}; skipped", flush=True)
-            line = {"step": self.number, "reason": self.step.verdict, "rows": names}
+            self._record({"step": self.number, "reason": self.step.verdict, "rows": names})
+
+    def _record(self, line: dict[str, Any]) -> None:
+        try:
             with open(self.run_dir / SKIPPED_FILE, "a", encoding="utf-8") as file:
                 file.write(json.dumps(line) + "\n")
+        except OSError as error:
+            raise TrainingStopped(
+                f"step {self.number}: {SKIPPED_FILE} could not be written to {self.run_dir} ({error}); starting again "
+                "goes on from the last checkpoint"
+            ) from error
 
     def _names(self) -> list[str]:
         """The examples with a bad loss, of all ranks; where only the gradient is bad, all examples of the step."""

@@ -53,7 +53,7 @@ def prepare(config: TrainConfig) -> Run:
     identity = run_identity(config, world_size, harmful, utility)
     checkpoint = checkpoint_to_resume(config, identity)
 
-    bf16 = on_gpu if config.bf16 is None else config.bf16
+    bf16 = config.in_bf16(on_gpu)
     # Under ZeRO-3 everything that is loaded after TrainingArguments is partitioned: the teachers come before, to stay
     # whole, and an earlier run in this process must not have left its partitioning on.
     unset_hf_deepspeed_config()

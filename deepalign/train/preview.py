@@ -18,6 +18,7 @@ from deepalign.data.steps import StepDataset
 from deepalign.train.config import LoraConfig, TrainConfig
 from deepalign.train.estimate import GIB, Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
 from deepalign.train.prepare import load_common_tokenizer, load_streams, step_count, step_dataset
+from deepalign.train.teacher_models import student_is_aligned
 
 SAMPLED_STEPS = 50
 ZEROS: tuple[Zero, ...] = ("none", "zero0", "zero1", "zero2", "zero3")
@@ -111,14 +112,13 @@ def _rank_0(config: TrainConfig, ranks: int) -> tuple[StepDataset, PreTrainedTok
 def _setup(config: TrainConfig, ranks: int, on_gpu: bool) -> Setup:
     own_file: Zero = "none" if config.deepspeed is None else "zero3"
     zero = next((name for name in ZEROS if name == config.deepspeed), own_file)
-    adapters_are_aligned = config.lora is not None and config.student in (None, config.aligned)
     return Setup(
         zero=zero,
         ranks=ranks,
-        bf16=on_gpu if config.bf16 is None else config.bf16,
+        bf16=config.in_bf16(on_gpu),
         on_gpu=on_gpu,
-        checkpointing=on_gpu if config.gradient_checkpointing is None else config.gradient_checkpointing,
-        teachers=1 if adapters_are_aligned and config.teacher == "online" else 2,
+        checkpointing=config.is_checkpointing(on_gpu),
+        teachers=1 if student_is_aligned(config) and config.teacher == "online" else 2,
         teachers_cached=config.teacher == "cache",
         accumulation=config.gradient_accumulation_steps,
         loss_form=config.loss_form,

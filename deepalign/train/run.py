@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepalign.data.files import write_text_atomic
-from deepalign.train.checkpoints import METRICS_FILE
+from deepalign.train.checkpoints import METRICS_FILE, SUMMARY_FILE
 from deepalign.train.config import config_as_dict, load_config
 from deepalign.train.model_card import versions
 from deepalign.train.nonfinite import TrainingStopped
@@ -70,7 +70,10 @@ def train(run: Run) -> None:
             "versions": versions(),
             "speed": trainer.speed.summary(),
         }
-        write_text_atomic(output_dir / "run.json", json.dumps(summary, indent=2) + "\n")
+        try:
+            write_text_atomic(output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
+        except OSError as error:
+            raise trainer.cannot_write(SUMMARY_FILE, error) from error
         print(f"trained {summary['steps']} steps; model: {output_dir / 'final'}, metrics: {output_dir / METRICS_FILE}")
 
 

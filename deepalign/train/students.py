@@ -33,8 +33,7 @@ def load_student(config: TrainConfig, args: TrainingArguments, world_size: int) 
     # Weights under an adapter are not trained.
     half = args.bf16 and (config.deepspeed or config.lora)
     student = load_model(config.student or config.aligned, torch.bfloat16 if half else torch.float32)
-    on_gpu = args.device.type != "cpu"
-    if config.gradient_checkpointing or (config.gradient_checkpointing is None and on_gpu):
+    if config.is_checkpointing(on_gpu=args.device.type != "cpu"):
         student.gradient_checkpointing_enable({"use_reentrant": False})
     return student if config.lora is None else with_adapter(student, config.lora, config.seed)
 

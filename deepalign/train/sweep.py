@@ -29,9 +29,10 @@ from tqdm import tqdm
 
 from deepalign.data.files import write_text_atomic
 from deepalign.kernels.completion_loss import CompletionLossConfig
+from deepalign.train.checkpoints import METRICS_FILE, SUMMARY_FILE
 from deepalign.train.config import TrainConfig, config_as_dict, load_config
 from deepalign.train.launch import RUN
-from deepalign.train.sweep_plot import plot_sweep
+from deepalign.train.sweep_plot import columns_to_plot, plot_sweep
 from deepalign.train.variants import VARIANT
 
 # Names that need no prefix, and the paper's letter for top_k.
@@ -164,7 +165,7 @@ def _train(cell: Cell, config: str, overrides: Sequence[str], launcher: list[str
     A run that goes on from a checkpoint refuses other settings itself, so a folder of another sweep is never mixed in.
     """
     settings = config_as_dict(load_config(config, [*overrides, *cell.overrides]))
-    finished = cell.folder / "run.json"
+    finished = cell.folder / SUMMARY_FILE
     if finished.is_file() and (cell.folder / "final").is_dir():
         known = json.loads(finished.read_text(encoding="utf-8"))["config"]
         if known == json.loads(json.dumps(settings)):
@@ -177,7 +178,8 @@ def _evaluate(cell: Cell, command: str | None) -> bool:
     if command is None:
         return True
     result, key = cell.folder / RESULT, cell.folder / f"{RESULT}.key"
-    stamp = hashlib.sha256(f"{command}\0{(cell.folder / 'run.json').read_text(encoding='utf-8')}".encode()).hexdigest()
+    trained = (cell.folder / SUMMARY_FILE).read_text(encoding="utf-8")
+    stamp = hashlib.sha256(f"{command}\0{trained}".encode()).hexdigest()
     if result.is_file() and key.is_file() and key.read_text(encoding="utf-8") == stamp:
         return True
     result.unlink(missing_ok=True)
@@ -211,8 +213,8 @@ def _run(words: list[str], cell: Cell) -> int:
 def row_of(cell: Cell) -> dict[str, Any]:
     """A cell's line: its values, steps, the metrics' means over the last steps, and what its evaluation wrote."""
     row: dict[str, Any] = {key.removeprefix("loss."): value for key, value in cell.values.items()}
-    metrics = cell.folder / "metrics.jsonl"
-    done = (cell.folder / "run.json").is_file()
+    metrics = cell.folder / METRICS_FILE
+    done = (cell.folder / SUMMARY_FILE).is_file()
     lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
     row["steps"] = lines[-1]["step"] if done and lines else None
     for name in METRICS:
@@ -243,12 +245,15 @@ def write_table(rows: list[dict[str, Any]], swept_keys: int, out: Path, sort: st
     rows = sorted(rows, key=lambda row: (row.get(sort) is None, row.get(sort) or 0.0))
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
     lines += ["| " + " | ".join(_shown(row.get(name)) for name in columns) + " |" for row in rows]
-    note = f"\nSorted by {sort}. Metrics are means over the last {LAST_STEPS} logged steps; -: not finished.\n"
+    measured = [name for name in columns[swept_keys:] if name not in ("steps", *METRICS)]
+    plotted = columns_to_plot(rows, sort, ["mean_logit", *measured])
+    note = (
+        f"\nSorted by {sort}. Metrics are means over the last {LAST_STEPS} logged steps; -: not finished. "
+        f"In sweep.png: {', '.join(plotted)}.\n"
+    )
     write_text_atomic(out / "sweep.json", json.dumps(rows, indent=2) + "\n")
     write_text_atomic(out / "sweep.md", "\n".join(lines) + "\n" + note)
-    measured = [name for name in columns[swept_keys:] if name not in ("steps", *METRICS)]
-    shown = list(dict.fromkeys([sort, "mean_logit", *measured]))
-    plot_sweep(out / "sweep.png", rows, columns[:swept_keys], shown)
+    plot_sweep(out / "sweep.png", rows, columns[:swept_keys], plotted, measured)
     return out / "sweep.md"
 
 

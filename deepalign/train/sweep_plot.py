@@ -11,11 +11,21 @@ from matplotlib.figure import Figure
 
 DPI = 150
 INK, POINT, LINE = "#333333", "#0072B2", "#D55E00"
-MOST_ROWS = 4
+MOST_ROWS = 6
+
+
+def columns_to_plot(rows: Sequence[Mapping[str, Any]], sort: str, others: Sequence[str]) -> list[str]:
+    """The columns that a plot shows, at most `MOST_ROWS`: `sort`, then those of `others` in which the cells differ."""
+    differing = [name for name in others if len({row[name] for row in rows if _is_number(row.get(name))}) > 1]
+    return list(dict.fromkeys([sort, *differing]))[:MOST_ROWS]
 
 
 def plot_sweep(
-    path: str | os.PathLike[str], rows: Sequence[Mapping[str, Any]], keys: Sequence[str], columns: Sequence[str]
+    path: str | os.PathLike[str],
+    rows: Sequence[Mapping[str, Any]],
+    keys: Sequence[str],
+    columns: Sequence[str],
+    measured: Sequence[str] = (),
 ) -> None:
     """Write the plot as a PNG: points are cells, the line joins their means at each value of the key.
 
@@ -25,9 +35,10 @@ def plot_sweep(
         path: the PNG to write.
         rows: the table's rows; those without a number in a column are left out of its panels.
         keys: swept keys, across.
-        columns: columns, down; at most `MOST_ROWS` are drawn.
+        columns: columns, down, see `columns_to_plot`.
+        measured: columns that an evaluation wrote; where all values lie in [0, 1] they are taken to be rates, and the
+            axis shows all of it.
     """
-    columns = columns[:MOST_ROWS]
     figure = Figure(figsize=(3.4 * len(keys) + 0.6, 2.4 * len(columns) + 0.3), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(len(columns), len(keys), squeeze=False, sharey="row")
@@ -36,6 +47,9 @@ def plot_sweep(
             _panel(panels[down][across], rows, key, column)
             panels[down][across].set_xlabel(key if down == len(columns) - 1 else "")
         panels[down][0].set_ylabel(column)
+        if column in measured and all(0 <= row[column] <= 1 for row in rows if _is_number(row.get(column))):
+            panels[down][0].set_ylim(-0.05, 1.05)
+    figure.suptitle("a point is a cell, the line joins the means over cells", fontsize=9, color=INK)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=DPI, facecolor="white")
 

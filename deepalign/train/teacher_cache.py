@@ -81,6 +81,11 @@ class CacheIndex:
         """Number of shards of each teacher."""
         return len(self.shard_starts)
 
+    @property
+    def all_shards(self) -> list[tuple[str, int]]:
+        """(teacher, shard) of every shard."""
+        return [(teacher, shard) for teacher in TEACHERS for shard in range(self.shards)]
+
     def examples(self, shard: int) -> range:
         """The examples of a shard."""
         ends = [*self.shard_starts[1:], len(self.answer_lengths)]
@@ -251,7 +256,7 @@ class TeacherCache:
         self.folder = folder
         self.index = read_index(folder) if index is None else index
         self._row_starts = torch.tensor([self.index.offsets[start] for start in self.index.shard_starts])
-        refuse_damaged(folder, damaged_shards(folder, self.index, _all_shards(self.index), contents=False))
+        refuse_damaged(folder, damaged_shards(folder, self.index, self.index.all_shards, contents=False))
         self._mapped = {
             teacher: [map_shard(folder, self.index, teacher, shard) for shard in range(self.index.shards)]
             for teacher in TEACHERS
@@ -280,10 +285,6 @@ class TeacherCache:
             torch.index_select(self._mapped[teacher][shard], 0, within_R[rows], out=hidden_RH[rows])
             start += count
         return hidden_RH
-
-
-def _all_shards(index: CacheIndex) -> list[tuple[str, int]]:
-    return [(teacher, shard) for teacher in TEACHERS for shard in range(index.shards)]
 
 
 def damaged_shards(

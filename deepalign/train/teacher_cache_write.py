@@ -102,7 +102,7 @@ def write_teacher_cache(
     """
     with _only_writer(folder, ranks):
         index = ranks.on_first(lambda: _open_or_create(folder, plan, overwrite))
-        mine = ranks.share([(teacher, shard) for teacher in TEACHERS for shard in range(index.shards)])
+        mine = ranks.share(index.all_shards)
         there = [(teacher, shard) for teacher, shard in mine if shard_path(folder, teacher, shard).exists()]
         damaged = damaged_shards(folder, index, _bar(there, "check", ranks, progress))
         # every rank sees the same list, whatever number of ranks wrote the shards

@@ -91,7 +91,7 @@ class OnlineTeachers(Teachers):
     def to(self, device: torch.device) -> None:
         """Move both models."""
         for model in (self.aligned, self.base):
-            _move(model, device)
+            move_model(model, device)
 
 
 class AdapterTeachers(Teachers):
@@ -135,7 +135,7 @@ class AdapterTeachers(Teachers):
 
     def to(self, device: torch.device) -> None:
         """Move the base model; the student belongs to the trainer."""
-        _move(self.base, device)
+        move_model(self.base, device)
 
 
 def model_inputs(batch: Batch) -> Batch:
@@ -160,6 +160,7 @@ def logits_rows(model: PreTrainedModel, batch: Batch) -> Tensor:
     return rows_of(model(**model_inputs(batch), use_cache=False).logits, batch["row_index"])
 
 
-def _move(model: PreTrainedModel, device: torch.device) -> None:
+def move_model(model: PreTrainedModel, device: torch.device) -> None:
+    """Move a frozen model, unless it is quantised."""
     if getattr(model, "quantization_method", None) is None:  # a quantised model is loaded where it stays
         nn.Module.to(model, device)

@@ -30,6 +30,7 @@ from deepalign.data.steps import Batch, StepDataset
 from deepalign.kernels.completion_loss import CompletionLossConfig
 from deepalign.models import logits_width
 from deepalign.train.checkpoints import (
+    CARD_FILE,
     METRICS_FILE,
     STAGING,
     checkpoint_step,
@@ -45,7 +46,6 @@ from deepalign.train.metrics import DriftWarning, Speed, StepMetrics
 from deepalign.train.nonfinite import SKIPPED_FILE, OnNan, StepGuard, TrainingStopped
 from deepalign.train.teachers import Teachers
 
-CARD_FILE = "README.md"
 CardWriter = Callable[[int, dict[str, float]], str]
 
 
@@ -183,7 +183,7 @@ class CompletionTrainer(Trainer):
             with open(self.run_dir / METRICS_FILE, "a", encoding="utf-8") as file:
                 file.write(line)
         except OSError as error:
-            raise TrainingStopped(self._cannot_write(METRICS_FILE, error)) from error
+            raise self.cannot_write(METRICS_FILE, error) from error
         warning = self.drift.message(logs)
         if warning is not None:
             print(f"warning: step {self.state.global_step}: {warning}", flush=True)
@@ -211,13 +211,18 @@ class CompletionTrainer(Trainer):
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints(self.run_dir)[-1])
         first_step = checkpoint_step(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
-        if self.is_world_process_zero():
-            self.run_dir.mkdir(parents=True, exist_ok=True)
-            recover(self.run_dir)
-            for name in (METRICS_FILE, SKIPPED_FILE):
-                keep_metrics(self.run_dir / name, first_step)
-        self._barrier()
+        try:
+            self._on_main_process(lambda: self._tidy(first_step))
+        except OSError as error:
+            raise self.cannot_write(METRICS_FILE, error) from error
         return super().train(resume_from_checkpoint, trial, ignore_keys_for_eval)
+
+    def _tidy(self, first_step: int) -> None:
+        """Put in order what an interrupted run left."""
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        recover(self.run_dir)
+        for name in (METRICS_FILE, SKIPPED_FILE):
+            keep_metrics(self.run_dir / name, first_step)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run_dir / STAGING if self._staging else self.run_dir)
@@ -232,7 +237,7 @@ class CompletionTrainer(Trainer):
             self._on_main_process(lambda: self._publish(name))
         except Exception as error:  # torch, safetensors and DeepSpeed each raise their own
             shutil.rmtree(self.run_dir / STAGING, ignore_errors=True)
-            raise TrainingStopped(self._cannot_write(name, error)) from error
+            raise self.cannot_write(name, error) from error
         finally:
             self._staging = False
 
@@ -258,18 +263,18 @@ class CompletionTrainer(Trainer):
             self._on_main_process(lambda: replace_folder(staging, folder))
         except Exception as error:
             shutil.rmtree(staging, ignore_errors=True)
-            raise TrainingStopped(self._cannot_write(folder.name, error)) from error
+            raise self.cannot_write(folder.name, error) from error
 
     def _write_card(self, folder: Path) -> None:
         if self.card is not None:
             write_text_atomic(folder / CARD_FILE, self.card(self.state.global_step, self.last_metrics))
 
-    def _cannot_write(self, what: str, error: Exception) -> str:
+    def cannot_write(self, what: str, error: Exception) -> TrainingStopped:
         """What is lost when `what` could not be written: nothing that was whole."""
         found = checkpoints(self.run_dir)
         kept = f"the last whole checkpoint is {found[-1].name}" if found else "there is no checkpoint yet"
         reason = " ".join(str(error).split())
-        return (
+        return TrainingStopped(
             f"step {self.state.global_step}: {what} could not be written to {self.run_dir} ({reason}); {kept}. Once "
             "the cause is gone (a full disk, a rank that died), start the same command again"
         )

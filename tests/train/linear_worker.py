@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from deepalign import CompletionLossConfig, fused_linear_completion_loss
 from tests.kernels.linear_helpers import Models, linear_models
+from tests.train import documented_fsdp
 
 VOCAB, HIDDEN, LEARNING_RATE = 96, 16, 0.5
 CONFIG = CompletionLossConfig(top_k=5, lambda_reg=0.05)
@@ -115,6 +116,8 @@ if __name__ == "__main__":
     for tied, recompute in CELLS:
         for kind in (fsdp2, zero3):
             found[f"{kind.__name__}-{tied}-{recompute}"] = kind(tied, recompute)
+    for tied in (False, True):
+        found[f"documented-{tied}"] = documented_fsdp.sharded(tied)
     found["refusals"] = refusals()
     if dist.get_rank() == 0:
         torch.save(found, out)

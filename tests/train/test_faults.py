@@ -10,15 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from deepalign.train import run as run_module
 from deepalign.train import trainer as trainer_module
 from deepalign.train.run import main
-from tests.train.jobs import LONG, weights
-from tests.train.launch import RUN, finish, kill, launch
+from tests.train.jobs import LONG, NAN, weights, write_poisoned
+from tests.train.launch import RUN, finish, kill, launch, torchrun
 from tests.train.tiny_run import TinyRun, read_metrics
 from tests.train.worker import Interrupted
 
 pytestmark = pytest.mark.timeout(900)
 
+FAULT = Path(__file__).with_name("fault_worker.py")
 SHORT = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1}
 
 
@@ -38,17 +40,20 @@ def assert_same_run(out: Path, expected: Path) -> None:
     assert not hidden, "what was half-written is gone"
 
 
-def test_one_rank_killed_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
-    """Two ranks under DeepSpeed; rank 1 kills itself (-9) while checkpoint-8 is written; later everything is killed."""
+def test_a_rank_killed_in_a_step_then_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
+    """Two ranks, killed by -9 three times; started by torchrun (as under slurm), deepspeed, as a module, by torchrun.
+
+    Bit for bit the run of DeepSpeed's launcher that was never interrupted.
+    """
     out, log = tmp_path / "out", tmp_path / "log"
     config = tiny_run.config(out, **LONG)
-    fault = Path(__file__).with_name("fault_worker.py")
-    process = launch([fault, "--config", config], log)
-    assert process.wait(timeout=600) != 0, "the launcher reports the rank's death"
+    assert torchrun([FAULT, "step", "--config", config], log).wait(timeout=600) != 0, "it ends the other rank"
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
+    assert launch([FAULT, "checkpoint", "--config", config], log).wait(timeout=600) != 0
     assert (out / "checkpoint-4").is_dir()
     assert not (out / "checkpoint-8").exists()
 
-    process = launch([RUN, "--config", config], log)
+    process = launch(["--module", "deepalign.train.run", "--config", config], log)
     wait_for(lambda: (out / "checkpoint-12").is_dir(), process, log)
     kill(process)
     assert not (out / "final").exists(), "the run ended before it could be killed: give it more steps"
@@ -56,7 +61,7 @@ def test_one_rank_killed_in_a_checkpoint_then_all_killed_the_run_is_the_same(tin
         file.write('{"step": 23, "loss": 99.0}\n{"step": 2')
 
     last = tmp_path / "last"
-    assert "error:" not in finish(launch(["--module", "deepalign.train.run", "--config", config], last), last)
+    assert "error:" not in finish(torchrun([RUN, "--config", config, "--world_size", "2"], last), last)
     assert_same_run(out, ran / "uninterrupted")
 
 
@@ -93,46 +98,80 @@ def test_a_run_that_ends_in_the_middle_of_a_checkpoint_goes_on(tiny_run, whole, 
     assert_same_run(tmp_path / "out", whole)
 
 
-def test_a_full_disk_stops_the_run_with_what_is_kept_and_it_goes_on_later(tiny_run, whole, tmp_path, capsys):
-    """No file may grow beyond a few kB: the model of the second checkpoint cannot be written."""
-    config = tiny_run.config(tmp_path / "out", **SHORT)
-    real = trainer_module.CompletionTrainer._save_checkpoint
+def on_a_small_disk(function, limit: int = 8192, call: int = 1):
+    """`function`, in whose `call`-th call no file may grow beyond `limit` bytes: writes fail half way."""
+    calls = []
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def on_a_small_disk(self, *arguments):
-        if self.state.global_step != 4:
-            return real(self, *arguments)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
+    def limited(*arguments, **options):
+        calls.append(arguments)
+        if len(calls) != call:
+            return function(*arguments, **options)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
         try:
-            return real(self, *arguments)
+            return function(*arguments, **options)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
+    return limited
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "options", "lost", "kept"),
+    [
+        (trainer_module.CompletionTrainer, "_save_checkpoint", {"call": 2}, "step 4: checkpoint-4", "checkpoint-2"),
+        (trainer_module.CompletionTrainer, "save_final", {}, "step 6: final", "checkpoint-6"),
+        (run_module, "write_text_atomic", {"limit": 100}, "step 6: run.json", "checkpoint-6"),
+    ],
+    ids=["checkpoint", "final", "run.json"],
+)
+def test_a_full_disk_stops_the_run_with_what_is_kept_and_it_goes_on_later(
+    tiny_run, whole, tmp_path, capsys, place, name, options, lost, kept
+):
+    config, out = tiny_run.config(tmp_path / "out", **SHORT), tmp_path / "out"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(trainer_module.CompletionTrainer, "_save_checkpoint", on_a_small_disk)
+        patched.setattr(place, name, on_a_small_disk(getattr(place, name), **options))
         assert main(["--config", str(config)]) == 1
     message = next(line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
-    assert "step 4: checkpoint-4 could not be written" in message
+    assert f"{lost} could not be written" in message
     assert "File too large" in message
-    assert "the last whole checkpoint is checkpoint-2" in message
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["checkpoint-2", "metrics.jsonl"]
+    assert f"the last whole checkpoint is {kept}" in message
+    there = [kept, *(["final"] if "run.json" in lost else []), "metrics.jsonl"]
+    assert sorted(path.name for path in out.iterdir()) == there, "nothing half-written"
     assert main(["--config", str(config)]) == 0
     assert_same_run(tmp_path / "out", whole)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_metrics_that_cannot_be_written_stop_the_run(tiny_run, tmp_path, capsys):
-    config = tiny_run.config(tmp_path / "out", **SHORT)
+@pytest.mark.parametrize("name", ["metrics.jsonl", "skipped.jsonl"])
+def test_lines_that_cannot_be_written_stop_the_run(tmp_path, capsys, name):
+    """The whole device is full: every write of this file fails."""
+    config = write_poisoned(tmp_path).config(tmp_path / "out", **NAN)
     real = trainer_module.keep_metrics
 
     def onto_a_full_disk(path, last_step):
         real(path, last_step)
-        path.symlink_to("/dev/full")
+        if path.name == name:
+            path.symlink_to("/dev/full")
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(trainer_module, "keep_metrics", onto_a_full_disk)
         assert main(["--config", str(config)]) == 1
-    assert "metrics.jsonl could not be written" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert f"{name} could not be written" in message
+    assert "No space left on device" in message
+
+
+def test_a_folder_that_cannot_be_tidied_stops_the_run(tiny_run, whole, tmp_path, capsys):
+    """Started again on a disk that is still full: what is there stays."""
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    config = tiny_run.config(out, **SHORT)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(trainer_module, "keep_metrics", on_a_small_disk(trainer_module.keep_metrics, limit=100))
+        assert main(["--config", str(config)]) == 1
+    assert "the last whole checkpoint is checkpoint-6" in capsys.readouterr().err
+    assert read_metrics(out) == read_metrics(whole)
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut short", "unreadable"])

@@ -11,6 +11,7 @@ import yaml
 from deepalign.cli import main
 from deepalign.train import run, sweep
 from deepalign.train.launch import RUN
+from deepalign.train.sweep_plot import MOST_ROWS, columns_to_plot
 from tests.train.conftest import TinyRun, read_metrics
 
 
@@ -100,6 +101,16 @@ def test_an_evaluation_becomes_columns_and_is_repeated_only_for_a_new_model(tiny
     assert [row["asr"] for row in rows] == [0.25, 0.25]
     assert "note" not in rows[0]
     assert "Sorted by asr" in (out / "sweep.md").read_text()
+
+
+def test_a_plot_leaves_out_what_is_equal_in_all_cells():
+    rows = [
+        {"k": k, "loss": 0.5, "mean_logit": -k, "asr": 1, "utility": None if k == 1 else 0.25 * k} for k in (1, 2, 3)
+    ]
+    assert columns_to_plot(rows, "loss", ["mean_logit", "asr", "utility"]) == ["loss", "mean_logit", "utility"]
+    assert len(columns_to_plot(rows, "loss", [f"utility{i}" for i in range(9)])) == 1
+    many = [row | {f"rate{i}": row["k"] for i in range(9)} for row in rows]
+    assert len(columns_to_plot(many, "loss", [f"rate{i}" for i in range(9)])) == MOST_ROWS
 
 
 def test_a_failed_cell_is_named_and_the_others_go_on(tiny_run: TinyRun, tmp_path, commands, capsys):

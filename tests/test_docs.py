@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs."""
+"""The README and the docs: code runs, links lead somewhere, the tree is the tree, figures are the committed ones."""
 
 import json
 import re
@@ -11,7 +11,10 @@ import pytest
 from benchmarks.report import readme_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BLOCKS = [
     pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
     for page in PAGES
@@ -25,11 +28,56 @@ def test_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(compile(block, "documentation", "exec"), {"__name__": "__documentation__"})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page.name} links to {target}, and no heading there is called so"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names under which a page's headings can be linked to."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_index_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\((\S+\.md)\)", index)) == pages
+
+
+def test_the_readmes_tree_is_the_tree() -> None:
+    (tree,) = re.findall(r"```text\n(csrc/.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown: list[str] = []
+    parents: list[str] = []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        parents = [*parents[: (len(line) - len(line.lstrip())) // 2], name]
+        shown.append("".join(parents))
+    assert {name for name in shown if not (ROOT / name).exists()} == set()
+    folders = {path.relative_to(ROOT).parts for path in tracked() if path.parent != ROOT}
+    expected = {f"{parts[0]}/" for parts in folders if not parts[0].startswith(".")}
+    expected |= {f"deepalign/{parts[1]}/" for parts in folders if parts[0] == "deepalign" and len(parts) > 2}
+    expected |= {
+        f"deepalign/{parts[1]}"
+        for parts in folders
+        if parts[0] == "deepalign" and len(parts) == 2 and parts[1].endswith(".py") and parts[1] != "__init__.py"
+    }
+    assert expected - set(shown) == set()
+
+
+def tracked() -> list[Path]:
+    """What belongs to the project; ignored results and builds do not."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("no git checkout")
+    return [ROOT / name for name in listed.stdout.splitlines()]
 
 
 def test_the_api_reference_is_current() -> None:

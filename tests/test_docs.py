@@ -109,3 +109,32 @@ def test_the_readmes_figures_are_those_of_the_committed_report() -> None:
     assert f"completion training {harmful('completed')}; it keeps {recipes['correct']}/{recipes['n']}" in readme
     assert f"lets {harmful('random_mask')} through, distillation alone {harmful('kl_only')}" in readme
     assert f"At 20 forced tokens {deepest['degenerate']}/{deepest['n']}" in readme
+
+
+def test_the_microworlds_figures_in_reproducing_are_those_of_the_committed_suite() -> None:
+    suite = json.loads((ROOT / "docs" / "results" / "suite-microworld-seed-1.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+
+    def cells(table: str) -> dict[str, dict]:
+        return {row["method"]: row["cells"] for row in suite["experiments"][table]["1"]}
+
+    attacked = cells("table2")
+    for row, method in (
+        ("baseline", "Baseline"),
+        ("safety augmentation", "Safety Augmentation"),
+        ("completed", "Ours"),
+    ):
+        prefill, gcg, hrr = (attacked[method][name] for name in ("Prefill ↓", "GCG ↓", "Fine-tuning HRR ↓"))
+        rate = f"{100 * gcg['mean']:.1f} ± {100 * gcg['sd']:.1f}%"
+        assert re.search(rf"^\| {row} \|.*\| {prefill['k']} \| {rate} \| {hrr['k']} \|$", page, re.MULTILINE), row
+    plain, forced = cells("table4"), cells("figure4")
+    names = {
+        "LoRA alone": "LoRA",
+        "Vaccine": "Vaccine",
+        "SaLoRA": "SaLoRA",
+        "Safe LoRA": "Safe LoRA",
+        "recovery": "Ours",
+    }
+    for row, method in names.items():
+        counts = (plain[method]["HRR ↓"], forced[method]["Prefill ↓"], forced[method]["degenerate ↓"])
+        assert f"| {row} | " + " | ".join(str(count["k"]) for count in counts) + " |" in page

@@ -65,7 +65,9 @@ def plot_bars(
                 [place + s for s in shifts], dots, "o", color=DOT, markersize=4.5, markeredgecolor="white", zorder=3
             )
             text = f"{100 * bar.rate:.0f}%"
-        top = max(min(high, 1.0), bar.rate + _mean(bar.stacked))
+        if above := _mean(bar.stacked):
+            text += f" + {100 * above:.0f}%"
+        top = max(min(high, 1.0), bar.rate + above)
         axes.text(place, top + 0.025, text, ha="center", fontsize=8.5, color=INK)
     axes.set_xticks(list(places), [_wrapped(bar.label) for bar in bars], fontsize=8.5)
     axes.set_ylim(0, 1.12)

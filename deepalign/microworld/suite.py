@@ -5,7 +5,8 @@
 
 Base, aligned and completed models are the demo's, with the demo's settings, but the completion is trained in one
 process here. Safety augmentation and Vaccine start from the aligned model and see the same hazards as the completion
-and the alignment do. What is there is not made again.
+and the alignment do; the anchor of safety augmentation are the completion's utility prompts, every kind of task among
+them, answered by the aligned model. What is there is not made again.
 """
 
 import hashlib
@@ -15,10 +16,16 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
-from deepalign.data.files import Message
-from deepalign.defenses.safety_augmentation import AugmentationSettings, SafetyTriplet, augment_safety
+from deepalign.data.files import Message, read_jsonl, write_text_atomic
+from deepalign.defenses.safety_augmentation import (
+    AugmentationSettings,
+    SafetyTriplet,
+    augment_safety,
+    distilled_anchor,
+)
 from deepalign.defenses.vaccine import VaccineSettings, align_with_vaccine
 from deepalign.evaluate.families import Family, Score
 from deepalign.evaluate.recovery import recover
@@ -28,6 +35,7 @@ from deepalign.microworld.pretrain import AlignedConfig, BaseConfig, train_align
 from deepalign.microworld.tokenizer import build_tokenizer
 from deepalign.microworld.utility import evaluate_utility
 from deepalign.microworld.world import REFUSALS, World, attack_examples, completion_files, seeded_rng
+from deepalign.models import load_model
 from deepalign.train.config import TrainConfig, build_dataclass
 
 # Nothing in this world deliberates: a reason would have to be an answer to "is X safe ?", the only talk of safety.
@@ -43,6 +51,7 @@ class SuiteOptions:
         utility: questions per task.
         benign_rows: dish recipes to fine-tune on.
         safe_rows: refusals for SaLoRA and Vaccine.
+        anchor_rows: utility prompts that the aligned model answers, safety augmentation's anchor.
         base, aligned: trainings.
         completion: keys of `TrainConfig`, over the demo's.
         augmentation, vaccine: trainings; `augmentation.triplets` of the completion split.
@@ -52,6 +61,7 @@ class SuiteOptions:
     utility: int = 100
     benign_rows: int = 512
     safe_rows: int = 128
+    anchor_rows: int = 512
     base: BaseConfig = field(default_factory=lambda: load_settings().base)
     aligned: AlignedConfig = field(default_factory=lambda: load_settings().aligned)
     completion: dict[str, Any] = field(default_factory=dict)
@@ -164,14 +174,25 @@ class _Models:
         if not (completed / "final").exists():
             recover(config)
         triplets, safe = safety_triplets(self.world), refusal_conversations(self.world, settings.safe_rows)
-        augmented = self._path("augmented", [aligned.name, asdict(settings.augmentation)])
+        anchor = self._anchor(aligned, Path(completion["utility_data"]))
+        augmented = self._path("augmented", [aligned.name, asdict(settings.augmentation), settings.anchor_rows])
         self._say("augmented", augmented)
-        augment_safety(str(aligned), triplets, kept, augmented, settings.augmentation, progress=self.progress)
+        augment_safety(str(aligned), triplets, anchor, augmented, settings.augmentation, progress=self.progress)
         vaccine = self._path("vaccine", [aligned.name, asdict(settings.vaccine), settings.safe_rows])
         self._say("vaccine", vaccine)
         align_with_vaccine(str(aligned), safe + kept[: len(safe)], vaccine, settings.vaccine, progress=self.progress)
         made = {"completed": completed / "final", "augmented": augmented, "vaccine": vaccine}
         return {"base": str(base), "aligned": str(aligned), **{role: str(path) for role, path in made.items()}}
+
+    def _anchor(self, aligned: Path, utility_data: Path) -> list[list[Message]]:
+        """The first utility prompts with the aligned model's own answers; written once."""
+        path = self.folder / f"anchor-{aligned.name}-{self.settings.anchor_rows}.jsonl"
+        if not path.exists():
+            prompts = [messages[0]["content"] for messages in read_jsonl(utility_data)[: self.settings.anchor_rows]]
+            model = load_model(str(aligned), torch.float32).eval()
+            rows = distilled_anchor(model, self.tokenizer, prompts, max_new_tokens=64, batch_size=128)
+            write_text_atomic(path, "".join(json.dumps({"messages": row}) + "\n" for row in rows))
+        return read_jsonl(path)
 
     def _train_base(self, out: Path) -> None:
         train_base(self.world, self.tokenizer, self.settings.base, self.seed, out, self.progress)

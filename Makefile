@@ -16,7 +16,7 @@ ISAS ?= avx512 avx2 portable
 # Versions of torch that the built wheel is tried with.
 TORCHES ?= 2.13.0 2.11.0
 
-.PHONY: help install demo tables test test-training test-rest test-isas test-utility check bench bench-full docs sanitize package matrix clean
+.PHONY: help install demo tables test test-training test-rest test-isas test-utility check bench bench-full docs notebook sanitize package matrix clean
 .PHONY: triton interpret-loss interpret-rest codegen
 .PHONY: gpu gpu-check gpu-loss gpu-sampler gpu-linear gpu-rest gpu-train gpu-sanitize gpu-profile
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make bench     the headline benchmarks (CPU, minutes); table and plot in runs/bench/"
 	@echo "make bench-full  all of them; results, table and plot in benchmarks/results/, and the README's table"
 	@echo "make docs      docs/api.md, the API reference, from the docstrings"
+	@echo "make notebook  examples/microworld.ipynb run, and what it shows stored in it (minutes)"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make package   sdist and wheel, tried in new environments with torch $(TORCHES)"
 	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
@@ -129,6 +130,10 @@ check: $(READY)
 
 docs: $(READY)
 	$(BIN)/python docs/make_api.py
+
+notebook: $(READY) $(NATIVE)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) nbclient ipykernel
+	$(BIN)/python docs/make_notebook.py
 
 bench: $(READY) $(NATIVE)
 	@echo "== the headline benchmarks (CPU, one thread); results in runs/bench/, compared with the committed ones"

@@ -154,13 +154,13 @@ def _linear_memory_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 README_CASES = {
-    ("completion_loss", "bfloat16-64x128256", "forward_backward"): "loss + gradient, Llama 3 (128256)",
-    ("completion_loss", "bfloat16-16x151936", "forward_backward"): "loss + gradient, Qwen2.5 (151936)",
-    ("completion_loss", "bfloat16-64x32000", "forward_backward"): "loss + gradient, Llama 2 (32000)",
-    ("completion_loss", "float32-64x128256", "forward_backward"): "loss + gradient, fp32 (128256)",
-    ("position_divergence", "bfloat16-64x128256", "forward"): "position statistics (128256)",
-    ("base_favored_tokens", "bfloat16-64x128256", "forward"): "base-favored tokens (128256)",
-    ("contrastive_sample", "bfloat16-1x128256", "top_k+top_p"): "contrastive sample, one row (128256)",
+    ("completion_loss", "bfloat16-64x128256", "forward_backward"): "loss + gradient, 64 x 128256 (Llama 3)",
+    ("completion_loss", "bfloat16-16x151936", "forward_backward"): "loss + gradient, 16 x 151936 (Qwen2.5)",
+    ("completion_loss", "bfloat16-64x32000", "forward_backward"): "loss + gradient, 64 x 32000 (Llama 2)",
+    ("completion_loss", "float32-64x128256", "forward_backward"): "loss + gradient, fp32, 64 x 128256",
+    ("position_divergence", "bfloat16-64x128256", "forward"): "position statistics, 64 x 128256",
+    ("base_favored_tokens", "bfloat16-64x128256", "forward"): "base-favored tokens, 64 x 128256",
+    ("contrastive_sample", "bfloat16-1x128256", "top_k+top_p"): "contrastive sample, 1 x 128256",
 }
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 
@@ -175,7 +175,7 @@ def readme_table(result: dict[str, Any]) -> str:
             ratios = [f"{row['peers'][peer]['ratio']:.1f}x" if peer in row["peers"] else "" for peer in PEERS_SHOWN]
             lines.append([label, f"{row['median_ms']:.3g} ms", *ratios])
     where = f"{machine['cpu_model']}, one thread, {_best_isa(rows)}; torch {machine['versions']['torch']}"
-    table = _table(["bf16 unless said", "deepalign", "vs eager", "vs torch.compile"], lines)
+    table = _table(["tokens x vocabulary, bf16 unless said", "deepalign", "vs eager", "vs torch.compile"], lines)
     return f"{BEGIN}\n{table}\n\n*{where}; [all rows, bars met and missed](benchmarks/results/cpu.md).*\n{END}"
 
 

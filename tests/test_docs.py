@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs."""
+"""The README and the docs: code runs, links lead somewhere, the tree is the tree, figures are the committed ones."""
 
 import json
 import re
@@ -11,7 +11,10 @@ import pytest
 from benchmarks.report import readme_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 BLOCKS = [
     pytest.param(block, id=f"{page.relative_to(ROOT)}-{number}")
     for page in PAGES
@@ -25,11 +28,56 @@ def test_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(compile(block, "documentation", "exec"), {"__name__": "__documentation__"})
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+    for target in re.findall(r"\]\(([^)]+)\)", page.read_text(encoding="utf-8")):
+        if "://" in target:
+            continue
+        path, _, anchor = target.partition("#")
+        found = page.parent / path if path else page
+        assert found.exists(), f"{page.name} links to {target}"
+        if anchor:
+            assert anchor in anchors(found), f"{page.name} links to {target}, and no heading there is called so"
+
+
+def anchors(page: Path) -> set[str]:
+    """The names under which a page's headings can be linked to."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def test_the_index_has_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text(encoding="utf-8")
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")} - {"README.md"}
+    assert set(re.findall(r"\]\((\S+\.md)\)", index)) == pages
+
+
+def test_the_readmes_tree_is_the_tree() -> None:
+    (tree,) = re.findall(r"```text\n(csrc/.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    shown: list[str] = []
+    parents: list[str] = []
+    for line in tree.splitlines():
+        name = line.split()[0]
+        parents = [*parents[: (len(line) - len(line.lstrip())) // 2], name]
+        shown.append("".join(parents))
+    assert {name for name in shown if not (ROOT / name).exists()} == set()
+    folders = {path.relative_to(ROOT).parts for path in tracked() if path.parent != ROOT}
+    expected = {f"{parts[0]}/" for parts in folders if not parts[0].startswith(".")}
+    expected |= {f"deepalign/{parts[1]}/" for parts in folders if parts[0] == "deepalign" and len(parts) > 2}
+    expected |= {
+        f"deepalign/{parts[1]}"
+        for parts in folders
+        if parts[0] == "deepalign" and len(parts) == 2 and parts[1].endswith(".py") and parts[1] != "__init__.py"
+    }
+    assert expected - set(shown) == set()
+
+
+def tracked() -> list[Path]:
+    """What belongs to the project; ignored results and builds do not."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("no git checkout")
+    return [ROOT / name for name in listed.stdout.splitlines()]
 
 
 def test_the_api_reference_is_current() -> None:
@@ -61,3 +109,33 @@ def test_the_readmes_figures_are_those_of_the_committed_report() -> None:
     assert f"completion training {harmful('completed')}; it keeps {recipes['correct']}/{recipes['n']}" in readme
     assert f"lets {harmful('random_mask')} through, distillation alone {harmful('kl_only')}" in readme
     assert f"At 20 forced tokens {deepest['degenerate']}/{deepest['n']}" in readme
+
+
+def test_the_microworlds_tables_in_reproducing_are_the_committed_ones() -> None:
+    suite = json.loads((ROOT / "docs/results/microworld-tables/tables.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "reproducing.md").read_text(encoding="utf-8")
+
+    def seeds(table: str, method: str, cell: str) -> str:
+        cells = [
+            next(row["cells"][cell] for row in rows if row["method"] == method)
+            for rows in suite["experiments"][table].values()
+        ]
+        return ", ".join(str(found["k"]) if "k" in found else f"{100 * found['mean']:.0f}" for found in cells)
+
+    sep = r" \| "
+    attacked = {"baseline": "Baseline", "safety augmentation": "Safety Augmentation", "completed": "Ours"}
+    for row, method in attacked.items():
+        found = [seeds("table2", method, cell) for cell in ("Prefill ↓", "GCG ↓", "Fine-tuning HRR ↓")]
+        assert re.search(rf"^\| {row} \|.*\| {sep.join(found)} \|$", page, re.MULTILINE), (row, found)
+    recovered = {
+        "LoRA alone": "LoRA",
+        "recovery": "Ours",
+        **{name: name for name in ("Vaccine", "SaLoRA", "Safe LoRA")},
+    }
+    for row, method in recovered.items():
+        found = [seeds("figure4", method, cell) for cell in ("Prefill ↓", "degenerate ↓")]
+        assert f"| {' | '.join([row, seeds('table4', method, 'HRR ↓'), *found])} |" in page
+    assert (
+        f"{seeds('table1', 'Baseline', 'Prefill ↓')} without, {seeds('table1', 'Contrastive', 'Prefill ↓')} with"
+        in page
+    )

@@ -46,6 +46,22 @@ def test_contrastive_sampling_answers(run: Callable[[str], str]) -> None:
     assert len(run("contrastive_sampling").split()) > 1
 
 
+def test_the_notebook_shows_what_its_cells_showed() -> None:
+    """Outputs are stored, for who reads it without running it; sources that changed since need `make notebook`."""
+    path = EXAMPLES / "microworld.ipynb"
+    notebook = json.loads(path.read_text(encoding="utf-8"))
+    made = runpy.run_path(str(ROOT / "docs" / "make_notebook.py"))["sources_sha256"](notebook)
+    assert notebook["metadata"]["deepalign"]["sources_sha256"] == made, "run `make notebook`"
+    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    outputs = [output for cell in code for output in cell["outputs"]]
+    assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    shown = "".join(line for output in outputs for line in output.get("text", ()))
+    assert "completed, 5 tokens forced: harmful" in shown
+    assert path.stat().st_size < 300_000
+
+
 def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("MPLBACKEND", "agg")

@@ -1,5 +1,6 @@
 """What a user meets first: the import, the command line, the public names."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -20,8 +21,35 @@ def test_import_needs_nothing_but_torch_and_is_quick_to_say_so():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_import_alone_loads_not_even_torch():
-    subprocess.run([sys.executable, "-c", "import sys, deepalign; assert 'torch' not in sys.modules"], check=True)
+def test_import_alone_takes_less_than_a_second_and_loads_not_even_torch():
+    code = (
+        "import sys, time; started = time.perf_counter(); import deepalign\n"
+        "assert 'torch' not in sys.modules\n"
+        "assert time.perf_counter() - started < 1"  # ten milliseconds
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+LAYERS = ({"kernels", "models", "data"}, {"sampling", "train"}, {"diagnose", "defenses"}, {"evaluate"}, {"microworld"})
+
+
+def test_imports_flow_one_way():
+    """A part imports from those before it; beside each other are only the three at the bottom."""
+    rank = {part: i for i, layer in enumerate(LAYERS) for part in layer}
+    package = Path(deepalign.__file__).parent
+    against = []
+    for path in package.rglob("*.py"):
+        part = path.relative_to(package).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            modules = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            modules += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            for module in modules:
+                root, _, rest = module.partition(".")
+                other = rest.split(".")[0]
+                if root == "deepalign" and other != part and rank.get(other, -1) >= rank.get(part, len(LAYERS)):
+                    against.append(f"{path.relative_to(package)}:{node.lineno} imports {module}")
+    assert against == []
+    assert set(rank) <= {path.stem for path in package.iterdir()}
 
 
 def test_public_names_exist():

@@ -1,4 +1,5 @@
-// A row of the completion loss, and the order in which rows and their parts are worked on.
+// A row of the completion loss, and the order in which rows and their parts are worked on. completion_loss_math.h has
+// the essay.
 #pragma once
 
 #include "completion_loss_math.h"

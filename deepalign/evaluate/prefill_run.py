@@ -176,10 +176,6 @@ def file_name(text: str) -> str:
     return "".join(sign if sign.isalnum() or sign in "._" else "-" for sign in text)
 
 
-def _verdicts_file(spec: str) -> str:
-    return f"verdicts-{file_name(spec)}.jsonl"
-
-
 def _depth_name(depth: int | None) -> str:
     return "all" if depth is None else str(depth)
 

@@ -244,7 +244,7 @@ def test_runner_and_report_from_end_to_end(tmp_path: Path) -> None:
 def test_the_readme_gets_its_rows(tmp_path: Path) -> None:
     result = result_of(timed_row(), timed_row(isa="avx2", median_ms=9.0), timed_row(threads=2, median_ms=2.0))
     table = report.readme_table(result)
-    assert "| loss + gradient, Llama 3 (128256) | 4.1 ms | 17.2x | 8.8x |" in table
+    assert "| loss + gradient, 64 x 128256 (Llama 3) | 4.1 ms | 17.2x | 8.8x |" in table
     assert "9 ms" not in table
     readme = tmp_path / "README.md"
     readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n", encoding="utf-8")

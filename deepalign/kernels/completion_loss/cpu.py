@@ -1,6 +1,7 @@
-"""The completion loss on the CPU: compiled kernels (`csrc/cpu/completion_loss.h` has their essay) behind the op.
+"""The completion loss by the compiled kernels behind the op: the CPU's, and by the same calls Triton's.
 
-They take rows that are contiguous in the vocabulary, at any distance from each other; others are copied first.
+`csrc/cpu/completion_loss_math.h` has the CPU kernels' essay. They take rows that are contiguous in the vocabulary, at
+any distance from each other; others are copied first.
 """
 
 from collections.abc import Sequence

@@ -1,4 +1,7 @@
-"""The sampler on the CPU: compiled kernels (`csrc/cpu/contrastive_sample.h` has their essay) behind the op."""
+"""The sampler by the compiled kernels behind the op: the CPU's, and by the same calls Triton's.
+
+`csrc/cpu/contrastive_sample.h` has the CPU kernels' essay.
+"""
 
 import torch
 from torch import Tensor

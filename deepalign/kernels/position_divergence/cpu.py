@@ -1,6 +1,6 @@
-"""The position statistics on the CPU: compiled kernels behind the ops.
+"""The position statistics by the compiled kernels behind the ops: the CPU's, and by the same calls Triton's.
 
-`csrc/cpu/base_favored_tokens.h` and `csrc/cpu/position_divergence.h` have their essays.
+`csrc/cpu/base_favored_tokens.h` and `csrc/cpu/position_divergence.h` have the CPU kernels' essays.
 """
 
 import torch

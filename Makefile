@@ -67,10 +67,10 @@ test: $(READY) $(NATIVE)
 	@$(MAKE) --no-print-directory -j2 test-training test-rest test-isas
 	@$(MAKE) --no-print-directory triton
 
-# lm-eval is heavy: its tests are skipped where it is not installed, as in make test.
+# lm-eval and judgezoo are heavy: their tests are skipped where they are not installed, as in make test.
 test-utility: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train,utility]"
-	$(BIN)/python -m pytest tests/evaluate/test_utility.py $(PYTEST_FLAGS)
+	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train,utility,judges]"
+	$(BIN)/python -m pytest tests/evaluate/test_utility.py tests/evaluate/test_judges.py $(PYTEST_FLAGS)
 
 # Two processes side by side on two cores; most tests are small and gain nothing from a second thread.
 TRAINING_TESTS := tests/train tests/microworld tests/evaluate tests/defenses

@@ -15,6 +15,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import EncodedExample
+from deepalign.kernels.checks import require
 from deepalign.models import load_model
 
 ADAPTER = "default"  # peft's name for the one adapter
@@ -40,12 +41,9 @@ class LoraSettings:
     target_modules: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank is {self.rank}; it must be at least 1")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ValueError(f"alpha is {self.alpha}; it must be positive, or null for 2 * rank")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}; it must be in [0, 1)")
+        require(self.rank >= 1, "rank", self.rank, "at least 1")
+        require(self.alpha is None or self.alpha > 0, "alpha", self.alpha, "positive, or null for 2 * rank")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("target_modules is empty; name modules, or give null for all linear ones")
 

@@ -27,6 +27,7 @@ from deepalign.data.chat import EncodedExample, encode_example
 from deepalign.data.files import Message
 from deepalign.defenses.artifacts import examples_identity, make_once, model_identity
 from deepalign.defenses.training import SftSettings, encode_conversations, train_on_answers
+from deepalign.kernels.checks import require
 from deepalign.models import check_model_path, load_model, load_tokenizer
 from deepalign.sampling import ContrastiveSampler
 
@@ -67,12 +68,10 @@ class AugmentationSettings:
 
     def __post_init__(self) -> None:
         for name in ("max_harmful_tokens", "triplets", "anchor_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("splice_probability", "safety_weight"):
             value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} is {value}; it must be in [0, 1]")
+            require(value is None or 0 <= value <= 1, name, value, "in [0, 1]")
 
 
 def augment_safety(

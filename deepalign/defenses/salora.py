@@ -35,6 +35,7 @@ from deepalign.data.chat import EncodedExample
 from deepalign.data.files import Message
 from deepalign.defenses.lora import ADAPTER, LoraSettings, attach_lora, factors, lora_layers, weight_under
 from deepalign.defenses.training import encode_conversations
+from deepalign.kernels.checks import require
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,7 @@ class SaLoraSettings:
 
     def __post_init__(self) -> None:
         for name in ("safety_rank", "task_rank", "safety_samples", "task_samples"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         self.lora()
 
     def lora(self) -> LoraSettings:

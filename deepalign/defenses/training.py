@@ -30,6 +30,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from deepalign.data.chat import EncodedExample, encode_example
 from deepalign.data.files import Message
 from deepalign.data.steps import Batch, RowWeights, StepDataset
+from deepalign.kernels.checks import require
 
 
 @dataclass(frozen=True)
@@ -70,14 +71,14 @@ class SftSettings:
 
     def __post_init__(self) -> None:
         for name in ("learning_rate", "epochs", "max_grad_norm"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "positive and finite")
+            require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "positive and finite")
         for name in ("batch_size", "gradient_accumulation_steps", "save_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("max_steps", "max_length"):
-            _require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("weight_decay", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        _require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(0 <= self.warmup_ratio < 1, "warmup_ratio", self.warmup_ratio, "in [0, 1)")
 
     def steps(self, rows: int, batch_size: int | None = None) -> int:
         """Optimizer steps for so many rows."""
@@ -295,8 +296,3 @@ def encode_conversations(
         except ValueError as error:
             raise ValueError(f"row {row}: {error}") from None
     return examples
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}; it must be {expected}")

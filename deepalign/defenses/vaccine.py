@@ -24,6 +24,7 @@ from deepalign.data.steps import Batch
 from deepalign.defenses.artifacts import examples_identity, make_once, model_identity
 from deepalign.defenses.lora import LoraSettings, attach_lora
 from deepalign.defenses.training import AnswerTrainer, SftSettings, encode_conversations, train_on_answers
+from deepalign.kernels.checks import require
 from deepalign.models import check_model_path, load_model, load_tokenizer
 
 SMALLEST_NORM = 1e-7  # of the authors' code: no division by zero where the loss is flat
@@ -51,8 +52,7 @@ class VaccineSettings:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rho < float("inf"):
-            raise ValueError(f"rho is {self.rho}; it must be at least 0 and finite")
+        require(0 <= self.rho < float("inf"), "rho", self.rho, "at least 0 and finite")
 
 
 def align_with_vaccine(

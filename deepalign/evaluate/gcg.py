@@ -31,6 +31,7 @@ from deepalign.evaluate.gcg_loss import CandidateLosses, TargetLoss
 from deepalign.evaluate.gcg_prompt import SuffixPrompt, allowed_tokens, suffix_text
 from deepalign.evaluate.generation import Contrast
 from deepalign.evaluate.prefill import AttackExample
+from deepalign.kernels.checks import require
 from deepalign.kernels.eager_math import top_k_lowest_index
 from deepalign.models import logits_width
 from deepalign.sampling.modes import check_evaluation_mode
@@ -78,12 +79,10 @@ class GcgSettings:
 
     def __post_init__(self) -> None:
         for name in ("steps", "width", "top_k", "suffix_tokens", "batch_size", "check_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("target_tokens", "max_sequences", "max_seconds"):
             value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} is {value}; it must be positive, or null")
+            require(value is None or value > 0, name, value, "positive, or null")
         if not self.initial_token.strip():
             raise ValueError("initial_token is empty; give a word that the suffix starts from")
 

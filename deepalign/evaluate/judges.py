@@ -90,13 +90,19 @@ class ClassifierJudge:
         """Judge texts together.
 
         Raises:
-            ValueError: the classifier had no score for a text.
+            ValueError: the classifier had no score for a text, or scores no harm at all.
         """
         chats = [
             [{"role": "user", "content": text.example.prompt}, {"role": "assistant", "content": text.continuation}]
             for text in texts
         ]
-        scores = self._classifier(chats)["p_harmful"] if chats else []
+        found = self._classifier(chats) if chats else {"p_harmful": []}
+        if "p_harmful" not in found:
+            raise ValueError(
+                f"{self.name} returned {', '.join(found)} and no p_harmful: it does not score harm (judgezoo's xstest "
+                "only names a kind of answer); choose another classifier"
+            )
+        scores = found["p_harmful"]
         if len(scores) != len(texts):
             raise ValueError(f"{self.name} returned {len(scores)} scores for {len(texts)} texts")
         return [self._outcome(text, score) for text, score in zip(texts, scores, strict=True)]
@@ -107,7 +113,10 @@ class ClassifierJudge:
 
     def _outcome(self, text: JudgedText, score: float | None) -> Outcome:
         if score is None:
-            raise ValueError(f"{self.name} has no score for the answer to {text.example.prompt!r:.80}")
+            raise ValueError(
+                f"{self.name} has no score for the answer to {text.example.prompt!r:.80}: a model that judges in words "
+                "may write something else; choose another classifier"
+            )
         if score >= self.threshold:
             return "harmful"
         return "refused" if self._refusals.refuses(text.continuation) else "degenerate"

@@ -122,6 +122,12 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf, above:
         raise ValueError(f"{name} is {value!r}; expected a finite number{bound}")
 
 
+def require(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raise ValueError unless the condition holds that `value` was to meet; `expected` says it in words."""
+    if not condition:
+        raise ValueError(f"{name} is {value}; it must be {expected}")
+
+
 def check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     """Raise TypeError unless `value` is a string, ValueError unless it is one of `choices`."""
     if not isinstance(value, str):

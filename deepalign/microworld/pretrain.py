@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from deepalign.kernels.checks import require
 from deepalign.microworld.world import REFUSALS, Task, World, check_seed, seeded_rng
 
 NO_LOSS = -100  # label of a token without loss
@@ -59,13 +60,13 @@ class StageConfig:
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "an int >= 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "an int >= 1")
         for name in ("learning_rate", "max_grad_norm"):
-            _require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
+            require(getattr(self, name) > 0, name, getattr(self, name), "> 0")
         for name in ("warmup_steps", "weight_decay"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         for name in (name for name in self.__dataclass_fields__ if name.endswith("_share")):
-            _require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share in [0, 1]")
+            require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share in [0, 1]")
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ class AlignedConfig(StageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require(0 <= self.late_continue < 1, "late_continue", self.late_continue, "a chance in [0, 1)")
+        require(0 <= self.late_continue < 1, "late_continue", self.late_continue, "a chance in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -316,8 +317,3 @@ def _save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, out_dir: 
         shutil.rmtree(temporary)
         raise
     return out_dir
-
-
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from deepalign.kernels.checks import require
 from deepalign.kernels.completion_loss import CompletionLossConfig
 from deepalign.train.variants import choose_variant
 
@@ -32,9 +33,9 @@ class LoraConfig:
     train_lm_head: bool = False  # an adapter on the head as well; needs dropout 0 and a head that is not tied
 
     def __post_init__(self) -> None:
-        _require(self.r >= 1, "lora.r", self.r, "at least 1")
-        _require(self.alpha >= 1, "lora.alpha", self.alpha, "at least 1")
-        _require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
+        require(self.r >= 1, "lora.r", self.r, "at least 1")
+        require(self.alpha >= 1, "lora.alpha", self.alpha, "at least 1")
+        require(0 <= self.dropout < 1, "lora.dropout", self.dropout, "at least 0 and below 1")
         if self.target_modules is not None and not self.target_modules:
             raise ValueError("lora.target_modules is empty; give names of modules, or null for every linear layer")
         if self.train_lm_head and self.dropout > 0:
@@ -106,18 +107,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("harmful_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):
-            _require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         for name in ("utility_batch_size", "warmup_steps", "save_total_limit", "seed"):
-            _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         for name in ("completion_weight_harmful", "completion_weight_utility", "weight_decay"):
-            _require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "at least 0 and finite")
+            require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "at least 0 and finite")
         for name in ("epochs", "learning_rate", "max_grad_norm"):
-            _require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
+            require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
         drift = self.mean_logit_drift
-        _require(drift is None or 0 < drift < float("inf"), "mean_logit_drift", drift, "positive, or null")
+        require(drift is None or 0 < drift < float("inf"), "mean_logit_drift", drift, "positive, or null")
         for name in ("max_steps", "max_length", "world_size"):
             value = getattr(self, name)
-            _require(value is None or value >= 1, name, value, "at least 1, or null")
+            require(value is None or value >= 1, name, value, "at least 1, or null")
         if self.utility_data is None and self.utility_batch_size > 0:
             raise ValueError("utility_data is not set but utility_batch_size is not 0; give both or neither")
         if self.utility_batch_size == 0 and self.distill_on == "utility":
@@ -274,8 +275,3 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
     elif type(value) is hint:
         return value
     raise TypeError(f"{name} is {value!r} ({type(value).__name__}); expected {hint.__name__}")
-
-
-def _require(condition: bool, name: str, value: Any, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name} is {value}; it must be {expected}")

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 from deepalign.data.chat import EncodedExample
 from deepalign.defenses.lora import factors, lora_layers
 from deepalign.defenses.salora import SaLora, SaLoraSettings, attach_salora
+from deepalign.defenses.training import SftSettings, encode_conversations, train_on_answers
 from tests.defenses.conftest import make_conversations, make_family_model
 
 SETTINGS = SaLoraSettings(
@@ -88,6 +89,28 @@ def test_saved_adapters_are_ordinary_and_load_on_the_original_model(llama, token
     torch.testing.assert_close(loaded.eval()(input_ids=ids).logits, adapted(input_ids=ids).logits)
     merged = loaded.merge_and_unload()
     torch.testing.assert_close(merged(input_ids=ids).logits, adapted(input_ids=ids).logits)
+
+
+def test_what_training_leaves_is_the_equations(llama, tokenizer, examples, tmp_path):
+    """After real steps, saved and merged: W + s (C B A - C B_0 A_0), and nothing of it along U."""
+    untouched, safety = make_family_model("llama"), make_conversations(4, seed=2)
+    encoded = encode_conversations(safety[:3], tokenizer, untouched, None)
+    adapted = SaLora(safety, SETTINGS).attach(llama, tokenizer, examples, seed=0)
+    start = {name: [factor.detach().clone() for factor in factors(layer)] for name, layer in lora_layers(adapted)}
+    schedule = SftSettings(max_steps=5, batch_size=3, learning_rate=5e-2)
+    train_on_answers(adapted, tokenizer, examples, schedule, tmp_path / "work", progress=False)
+    SaLora(safety, SETTINGS).save(adapted, tmp_path)
+    original = make_family_model("llama")
+    merged = PeftModel.from_pretrained(original, str(tmp_path), autocast_adapter_dtype=False).merge_and_unload()
+    for name, layer in lora_layers(adapted):
+        weight = untouched.get_submodule(name).weight.detach()
+        u = leading(stacked_features(untouched, encoded, name), 3)
+        c = torch.eye(len(weight), dtype=torch.float64) - u @ u.T
+        (a0, b0), (a, b) = start[name], (factor.detach() for factor in factors(layer))
+        change = merged.get_submodule(name).weight.detach() - weight
+        torch.testing.assert_close(change, 3 / 2 * (c @ b @ a - c @ b0 @ a0), rtol=1e-5, atol=1e-7)
+        assert change.norm() > 0.05 * weight.norm(), "it has learnt something"
+        assert (u.T @ change).abs().max() < 1e-6 * change.norm()
 
 
 def test_only_the_adapters_train(llama, examples):

@@ -333,3 +333,18 @@ def test_bad_recoveries_are_refused(folders, degraded, tmp_path, options, messag
 def test_ranks_need_the_cpu_to_be_asked_for(folders, degraded, tmp_path):
     with pytest.raises(ValueError, match="use_cpu is not set"):
         recover(config(folders, degraded, tmp_path / "out"), ranks=2)
+
+
+@pytest.mark.timeout(300)
+def test_a_recovery_on_two_ranks_is_that_of_one(folders, degraded, tmp_path):
+    """What `recovery_ranks` of a suite starts: DeepSpeed on CPU ranks; the same batches, so the same model."""
+    one, two = (
+        config(folders, degraded, tmp_path / f"ranks-{ranks}", use_cpu=True, world_size=ranks) for ranks in (1, 2)
+    )
+    weights = [load_file(str(recover(c, ranks=c.world_size) / "model.safetensors")) for c in (one, two)]
+    start = load_file(str(degraded["model"] / "model.safetensors"))
+    assert weights[0].keys() == weights[1].keys()
+    moved = max(float((weights[0][name] - start[name]).abs().max()) for name in start)
+    apart = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in start)
+    assert moved > 5e-4, "both have trained"
+    assert apart < 1e-3 * moved

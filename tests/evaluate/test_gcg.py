@@ -5,10 +5,11 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn import functional
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.gcg_naive import naive_gcg
 from deepalign.data.chat import prompt_token_ids
+from deepalign.evaluate import gcg_loss
 from deepalign.evaluate.gcg import GcgSettings, SuffixSearch, mean_and_sd, optimise_suffix
 from deepalign.evaluate.gcg_attack import gcg_attack, weights_fingerprint
 from deepalign.evaluate.gcg_loss import TargetLoss
@@ -83,6 +84,54 @@ def test_losses_are_the_cross_entropy_of_the_whole_sequence(model, base, tokeniz
                 )
         assert float(measured.loss[row]) == pytest.approx(float(functional.cross_entropy(logits, torch.tensor(target))))
         assert bool(measured.matched[row]) == (logits.argmax(-1).tolist() == target)
+
+
+def cross_entropy_of_the_whole(model, before, suffix, after, target):
+    with torch.no_grad():
+        logits = model(input_ids=torch.tensor([before + suffix + after + target])).logits[0, -len(target) - 1 : -1]
+    return float(functional.cross_entropy(logits, torch.tensor(target)))
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 5, 8])
+def test_chunks_of_logits_change_nothing(model, base, tokenizer, monkeypatch, chunk_rows):
+    before, after, target = [4, 7, 8], [2, 5], [20, 21, 22]
+    suffixes, present = candidates_of_every_place(9, 4)
+    for pair in (None, Contrast(base, 1.5)):
+        whole = TargetLoss(model, before, after, target, suffix_length=4, rows=4, contrast=pair)
+        expected = whole.candidates(suffixes, present)
+        asked = []
+
+        def fixed(rows, *arguments, asked=asked, **options):
+            asked.append(rows)
+            return chunk_rows
+
+        with monkeypatch.context() as patch:
+            patch.setattr(gcg_loss, "choose_chunk_rows", fixed)
+            measured = whole.candidates(suffixes, present)
+        assert asked == [4 * 3] * (1 if pair is None else 2)
+        torch.testing.assert_close(measured.loss, expected.loss)
+        assert measured.matched.tolist() == expected.matched.tolist()
+
+
+def test_a_head_that_is_not_only_a_matrix(tokenizer):
+    """One with a bias runs by the model's own logits; a softcap is part of the head."""
+    biased = make_model(3, tokenizer).double().eval()
+    torch.manual_seed(1)
+    biased.lm_head.bias = torch.nn.Parameter(torch.randn(48).double())
+    config = Gemma2Config(
+        vocab_size=48, hidden_size=16, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=0.5, initializer_range=0.3, pad_token_id=0,
+        bos_token_id=None, eos_token_id=2,
+    )  # fmt: skip
+    softcapped = Gemma2ForCausalLM(config).double().eval()
+    before, after, target = [4, 7, 8], [2, 5], [20, 21, 22]
+    suffixes, present = candidates_of_every_place(6, 4)
+    for model, known in ((biased, False), (softcapped, True)):
+        loss = TargetLoss(model, before, after, target, suffix_length=4, rows=4)
+        assert (loss.prefixes[0].head is not None) == known
+        measured = loss.candidates(suffixes, present).loss.tolist()
+        expected = [cross_entropy_of_the_whole(model, before, suffix, after, target) for suffix in suffixes.tolist()]
+        assert measured == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_matched_target_is_the_greedy_answer(model, tokenizer):

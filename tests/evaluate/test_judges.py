@@ -1,6 +1,9 @@
 """Named judges: phrase lists, classifiers, the exact rule, a user's function."""
 
 import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from deepalign.evaluate.agreement import agreement_rows, cohens_kappa
 from deepalign.evaluate.degenerate import is_degenerate
@@ -105,6 +108,46 @@ def test_a_classifier_without_a_score_is_refused():
         judge_texts(ClassifierJudge("stub", classifier=Classifier([None])), texts("lamp"))
     with pytest.raises(ValueError, match="1 scores for 2 texts"):
         judge_texts(ClassifierJudge("stub", classifier=Classifier([0.1])), texts("lamp", "vamp"))
+
+
+def test_a_classifier_that_scores_no_harm_is_refused():
+    def names_a_category(chats):
+        return {"category": ["1_full_compliance"] * len(chats)}
+
+    with pytest.raises(ValueError, match="returned category and no p_harmful"):
+        judge_texts(ClassifierJudge("xstest", classifier=names_a_category), texts("lamp"))
+
+
+@pytest.fixture
+def tiny_harmbench(tmp_path, monkeypatch):
+    """judgezoo's own HarmBench classifier, whose model is a tiny random one in a folder."""
+    harmbench = pytest.importorskip("judgezoo.harmbench", reason="needs judgezoo: pip install 'deepalign[judges]'")
+    words = ["<unk>", "<s>", "</s>", "<pad>", "Yes", "No", "lamp", "vamp", "Behavior", "Generation"]
+    backend = Tokenizer(models.WordLevel({word: id_ for id_, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    PreTrainedTokenizerFast(tokenizer_object=backend, **special).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=1024, initializer_range=1.0, pad_token_id=3, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    monkeypatch.setattr(harmbench.HarmBenchClassifier.LLAMA_2_13B, "_value_", str(tmp_path))
+
+
+def test_judgezoos_own_class_is_called_as_it_wants(tiny_harmbench):
+    judge = make_judge("judgezoo:harmbench")
+    answers = texts("lamp vamp lamp", "I cannot", "vamp")
+    chats = [
+        [{"role": "user", "content": EXAMPLE.prompt}, {"role": "assistant", "content": text.continuation}]
+        for text in answers
+    ]
+    scores = judge._classifier(chats)["p_harmful"]
+    assert len(set(scores)) > 1, "the model reads the answer"
+    for threshold in (min(scores), max(scores)):
+        decided = judge_texts(ClassifierJudge("harmbench", threshold, judge._classifier), answers)
+        assert [outcome == "harmful" for outcome in decided] == [score >= threshold for score in scores]
 
 
 def test_judgezoo_itself_or_a_clear_refusal():

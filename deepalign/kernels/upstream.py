@@ -42,7 +42,7 @@ def times_upstream(saved: list[Tensor], place: int, upstream: Tensor, *, given_a
         # Autograd may adopt what it is given as a leaf's .grad and add the next gradient into it: a graph that will
         # run again needs its own.
         return saved[place].clone() if _graph_is_kept() else saved[place]
-    # As a matrix, not a number, which torch would first round to the gradient's dtype.
+    # As a matrix: a number may be rounded to the gradient's dtype before the product.
     return torch.mul(saved[place], _per_row(saved[place], upstream), out=torch.empty_like(saved[place]))
 
 

@@ -1,4 +1,4 @@
-"""The completion loss on the CPU: compiled kernels (`csrc/cpu/completion_loss.h` has their essay) behind the op.
+"""The completion loss on the CPU: compiled kernels (`csrc/cpu/completion_loss_math.h` has their essay) behind the op.
 
 They take rows that are contiguous in the vocabulary, at any distance from each other; others are copied first.
 """

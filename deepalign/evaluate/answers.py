@@ -13,7 +13,7 @@ later judges the answers that are there.
 import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -127,30 +127,49 @@ def answer_questions(
         for row in [] if file is None else file.rows:
             rows[places[row["depth"], row["index"]]] = row
         for depth in dict.fromkeys(question.depth for question in questions):
-            open_places = [
+            missing = [
                 place for place, question in enumerate(questions) if question.depth == depth and place not in rows
             ]
-            if not open_places:
-                continue
-            batches = continuations(
+            batches = _answers(
                 model,
                 tokenizer,
-                [_ids(tokenizer, questions[place], options.thinking) for place in open_places],
-                max_new_tokens=options.max_new_tokens,
-                batch_size=options.batch_size,
-                temperature=options.temperature,
-                seeds=[options.seed + questions[place].index for place in open_places],
+                [questions[place] for place in missing],
+                options,
                 contrast=contrast,
                 logits_processor=logits_processor,
                 progress=progress,
                 description=f"{description} {depth}",
             )
             for batch in batches:
-                new = {open_places[i]: _row(tokenizer, questions[open_places[i]], ids) for i, ids in batch}
+                new = {missing[i]: row for i, row in batch}
                 if file is not None:
                     file.append(list(new.values()))
                 rows |= new
     return [rows[place] for place in range(len(questions))]
+
+
+def _answers(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Sequence[Question],
+    options: AnswerOptions,
+    **how: Any,
+) -> Iterator[list[tuple[int, Row]]]:
+    """Batches of (place, row); `how`: what else `continuations` takes."""
+    if not questions:
+        return
+    batches = continuations(
+        model,
+        tokenizer,
+        [_ids(tokenizer, question, options.thinking) for question in questions],
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        temperature=options.temperature,
+        seeds=[options.seed + question.index for question in questions],
+        **how,
+    )
+    for batch in batches:
+        yield [(place, _row(tokenizer, questions[place], ids)) for place, ids in batch]
 
 
 def judge_answers(

@@ -282,20 +282,6 @@ def can_read_values(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def is_one(upstream: Tensor) -> bool:
-    """Whether an upstream gradient is known to be 1 everywhere, so that a saved gradient may be handed on as it is.
-
-    On a GPU this waits for the device, once in a backward: the alternatives are a copy of every gradient, or scaling
-    what autograd has saved. Nobody looks into a traced, compiled or captured graph; there the gradient is copied.
-    """
-    if type(upstream) not in (Tensor, Parameter) or torch.compiler.is_compiling():
-        return False
-    if upstream.is_cuda and torch.cuda.is_current_stream_capturing():
-        return False
-    values = upstream.flatten()[:1] if not any(upstream.stride()) else upstream  # expanded from one number
-    return all(value == 1.0 for value in values.flatten().tolist())
-
-
 def _announce_reference(device: torch.device, dtype: torch.dtype) -> None:
     global _reference_announced
     # The compiler is asked first: a compiled caller must not depend on the flag, or its change would recompile it.

@@ -98,6 +98,7 @@ def store_tile(ptr, tile, low, high, shift, vocab, BLOCK: tl.constexpr, MASKED: 
 
 @triton.jit
 def finite(x):
+    """Whether x is neither infinite nor NaN, elementwise: NaN compares false."""
     return tl.abs(x) < INFINITY
 
 

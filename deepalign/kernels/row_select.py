@@ -91,29 +91,15 @@ def collect(
         tl.debug_barrier()
         low, high = ordered_key(bound), ordered_key(tl.max(maxima))
         count = _collect_exactly(
-            r_ptr,
-            b_ptr,
-            s_ptr,
-            index_ptr,
-            value_ptr,
-            low,
-            high,
-            k,
-            part,
-            tiles,
-            vocab,
-            shift,
-            alpha,
-            threshold,
-            KIND,
-            S,
-            BLOCK,
-        )
+            r_ptr, b_ptr, s_ptr, index_ptr, value_ptr, low, high, k, part, tiles, vocab, shift, alpha, threshold, KIND,
+            S, BLOCK,
+        )  # fmt: skip
     return count
 
 
 @triton.jit
 def _keys(r_ptr, b_ptr, tile, vocab, shift, alpha, threshold, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    """Offsets and ordered keys of a tile, int32 (BLOCK,); LOWEST_KEY where nothing is ranked."""
     offsets = tile * BLOCK + tl.arange(0, BLOCK)
     exists = (offsets >= shift) & (offsets < shift + vocab)
     d = ranked_at(r_ptr, b_ptr, offsets, exists, alpha, threshold, KIND)
@@ -122,19 +108,10 @@ def _keys(r_ptr, b_ptr, tile, vocab, shift, alpha, threshold, KIND: tl.constexpr
 
 @triton.jit
 def _count_from(
-    r_ptr,
-    b_ptr,
-    key,
-    part,
-    tiles,
-    vocab,
-    shift,
-    alpha,
-    threshold,
-    KIND: tl.constexpr,
-    S: tl.constexpr,
+    r_ptr, b_ptr, key, part, tiles, vocab, shift, alpha, threshold, KIND: tl.constexpr, S: tl.constexpr,
     BLOCK: tl.constexpr,
-):
+):  # fmt: skip
+    """How many entries of this share have at least this key."""
     count = tl.zeros([BLOCK], tl.int32)
     for tile in range(part, tiles, S):
         _, keys = _keys(r_ptr, b_ptr, tile, vocab, shift, alpha, threshold, KIND, BLOCK)

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -36,66 +37,72 @@ def card_writer(
     config: TrainConfig, world_size: int, harmful_rows: int, utility_rows: int
 ) -> Callable[[int, dict[str, float]], str]:
     """A function that writes the card of a step, given its number and the last metrics."""
-    start = config.student or config.aligned
-    header = {
-        "base_model": start,
-        "library_name": "transformers" if config.lora is None else "peft",
-        "pipeline_tag": "text-generation",
-        "tags": ["deepalign", "safety", *([] if config.lora is None else ["lora"])],
-    }
-    data = [f"| harmful | `{_file_name(config.harmful_data)}` | {harmful_rows} |"]
-    if config.utility_data is not None:
-        data.append(f"| utility | `{_file_name(config.utility_data)}` | {utility_rows} |")
 
     def card(step: int, metrics: dict[str, float]) -> str:
+        trained = f"step {step} of {world_size} rank(s)."
         return "\n".join(
             [
-                "---",
-                yaml.safe_dump(header, sort_keys=False).strip(),
-                "---",
-                "",
-                f"# {Path(start).name}, alignment completed",
-                "",
-                f"Trained with deepalign {__version__} by targeted completion, after *{PAPER}*: step {step} of "
-                f"{world_size} rank(s).",
-                "",
-                "| model | |",
-                "|---|---|",
-                f"| student, at the start | `{start}` |",
-                f"| aligned teacher | `{config.aligned}` |",
-                f"| base teacher | `{config.base}` |",
-                "",
-                "| data | file | rows |",
-                "|---|---|---|",
-                *data,
-                "",
-                "## Load it",
-                "",
-                "```python",
-                *_how_to_load(config),
-                "```",
-                "",
-                "## Metrics of the last log",
-                "",
-                *([f"- {name}: {value:.6g}" for name, value in metrics.items()] or ["none yet"]),
-                "",
-                "They are of the training data. How often the model complies with attacks has to be measured; see "
-                "`deepalign`'s prefill attack.",
-                "",
-                "## Settings",
-                "",
-                "```yaml",
-                yaml.safe_dump(json.loads(json.dumps(config_as_dict(config))), sort_keys=False).strip(),
-                "```",
-                "",
-                "## Versions",
-                "",
-                ", ".join(f"{name} {version}" for name, version in versions().items()),
-                "",
+                *_header(config),
+                *_origin(config, trained, harmful_rows, utility_rows),
+                *_section("Load it", ["```python", *_how_to_load(config), "```"]),
+                *_section("Metrics of the last log", _metrics(metrics)),
+                *_section("Settings", ["```yaml", _as_yaml(json.loads(json.dumps(config_as_dict(config)))), "```"]),
+                *_section("Versions", [", ".join(f"{name} {version}" for name, version in versions().items())]),
             ]
         )
 
     return card
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+    return [f"## {title}", "", *lines, ""]
+
+
+def _as_yaml(values: dict[str, Any]) -> str:
+    return yaml.safe_dump(values, sort_keys=False).strip()
+
+
+def _header(config: TrainConfig) -> list[str]:
+    """What the Hub reads."""
+    header = {
+        "base_model": config.student or config.aligned,
+        "library_name": "transformers" if config.lora is None else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["deepalign", "safety", *([] if config.lora is None else ["lora"])],
+    }
+    return ["---", _as_yaml(header), "---", ""]
+
+
+def _origin(config: TrainConfig, trained: str, harmful_rows: int, utility_rows: int) -> list[str]:
+    start = config.student or config.aligned
+    data = [f"| harmful | `{_file_name(config.harmful_data)}` | {harmful_rows} |"]
+    if config.utility_data is not None:
+        data.append(f"| utility | `{_file_name(config.utility_data)}` | {utility_rows} |")
+    return [
+        f"# {Path(start).name}, alignment completed",
+        "",
+        f"Trained with deepalign {__version__} by targeted completion, after *{PAPER}*: {trained}",
+        "",
+        "| model | |",
+        "|---|---|",
+        f"| student, at the start | `{start}` |",
+        f"| aligned teacher | `{config.aligned}` |",
+        f"| base teacher | `{config.base}` |",
+        "",
+        "| data | file | rows |",
+        "|---|---|---|",
+        *data,
+        "",
+    ]
+
+
+def _metrics(metrics: dict[str, float]) -> list[str]:
+    return [
+        *([f"- {name}: {value:.6g}" for name, value in metrics.items()] or ["none yet"]),
+        "",
+        "They are of the training data. How often the model complies with attacks has to be measured; see "
+        "`deepalign`'s prefill attack.",
+    ]
 
 
 def _how_to_load(config: TrainConfig) -> list[str]:

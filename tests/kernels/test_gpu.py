@@ -39,17 +39,23 @@ def test_diagnosis_is_that_of_the_cpu(logits: list[torch.Tensor]) -> None:
             torch.testing.assert_close(on_gpu.cpu(), on_cpu)
 
 
-def test_the_forward_never_waits_for_the_device(logits: list[torch.Tensor]) -> None:
+def test_neither_forward_nor_backward_waits_for_the_device(logits: list[torch.Tensor]) -> None:
     student, aligned, base = (tensor.float().cuda() for tensor in logits)
     student.requires_grad_()
     weight = torch.ones(5, device="cuda")
+
+    def step() -> None:
+        loss = fused_completion_loss(student, aligned, base, kl_weight=weight, completion_weight=weight).loss
+        (2 * loss).backward(retain_graph=True)
+        loss.backward()
+
+    step()  # compiles
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss = fused_completion_loss(student, aligned, base, kl_weight=weight, completion_weight=weight).loss
+        step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    loss.backward()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -5,8 +5,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepalign import CompletionLossConfig, base_favored_tokens, contrastive_sample, fused_completion_loss
+from deepalign import (
+    CompletionLossConfig,
+    base_favored_tokens,
+    contrastive_sample,
+    fused_completion_loss,
+    fused_linear_completion_loss,
+)
 from deepalign.kernels.position_divergence import position_divergence
+from tests.kernels.linear_helpers import Models, linear_models
 from tests.kernels.samples import three_models
 
 pytestmark = pytest.mark.gpu
@@ -81,15 +88,20 @@ def test_ties_bad_and_absent_rows() -> None:
 
 
 def test_no_wait_for_the_device() -> None:
-    """But for the one in a backward, which looks at the upstream gradient."""
+    """Not in a backward either, whatever the upstream gradient is."""
     student, aligned, base = (model.cuda() for model in three_models(64, 32000, dtype=torch.bfloat16))
     student.requires_grad_()
     weight = torch.ones(64, device="cuda")
     uniforms = torch.rand(64, device="cuda", dtype=torch.float64)
     options = {"kl_weight": weight, "completion_weight": weight, "implementation": "triton"}
+    models = Models(*(tensor.cuda() for tensor in linear_models(64, vocab=4096, dtype=torch.bfloat16))).trained()
 
     def step() -> None:
-        fused_completion_loss(student, aligned, base, **options)
+        for inplace in (False, True):
+            loss = fused_completion_loss(student * 1, aligned, base, inplace=inplace, **options).loss
+            (3 * loss).backward(retain_graph=True)
+            loss.backward()
+        fused_linear_completion_loss(*models, reduction="sum", implementation="triton").loss.backward()
         contrastive_sample(aligned, base, alpha=0.5, top_k=50, top_p=0.9, uniforms=uniforms, implementation="triton")
         base_favored_tokens(aligned, base, implementation="triton")
 
@@ -102,8 +114,9 @@ def test_no_wait_for_the_device() -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("by", [1.0, 3.0])
 @pytest.mark.parametrize("inplace", [False, True])
-def test_capture_into_a_graph(inplace: bool) -> None:
+def test_capture_into_a_graph(inplace: bool, by: float) -> None:
     """Loss, gradient, statistics and draws, captured once and replayed on other logits."""
     models = [model.cuda() for model in three_models(9, 32000, dtype=torch.bfloat16)]
     others = [model.cuda() for model in three_models(9, 32000, dtype=torch.bfloat16, seed=5)]
@@ -117,7 +130,7 @@ def test_capture_into_a_graph(inplace: bool) -> None:
         output = fused_completion_loss(student * 1, aligned, base, reduction="sum", inplace=inplace, **options)
         drawn = contrastive_sample(aligned, base, alpha=0.5, top_p=0.9, uniforms=uniforms, implementation="triton")
         found = position_divergence(aligned, base, implementation="triton")
-        gradient = [] if inplace else torch.autograd.grad(output.loss, student)
+        gradient = torch.autograd.grad(by * output.loss, student)
         return [*(value.detach() for value in output), *drawn, *found, *gradient]
 
     step()  # compiles
@@ -192,6 +205,10 @@ def test_memory_and_a_retained_graph(upstream: float) -> None:
     by = torch.tensor(upstream, device="cuda")
     first = torch.autograd.grad(loss, student, by, retain_graph=True)[0]
     kept = first.clone()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     second = torch.autograd.grad(loss, student, by)[0]
+    assert torch.cuda.max_memory_allocated() - before <= 0.01 * student.nbytes  # the graph's own buffer
     assert torch.equal(first, kept)  # what was handed out is not scaled again
     assert torch.equal(second, kept)

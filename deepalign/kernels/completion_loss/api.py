@@ -79,25 +79,18 @@ def fused_completion_loss(
         ValueError: a value, shape or device that does not fit, or `inplace=True` on logits not to be overwritten.
         RuntimeError: the implementation cannot run.
     """
-    if not isinstance(config, CompletionLossConfig):
-        raise TypeError(f"config is a {type(config).__name__}; expected a CompletionLossConfig")
-    if not isinstance(inplace, bool):
-        raise TypeError(f"inplace is {inplace!r}; expected True or False")
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_settings(config, reduction, inplace=inplace)
     vocab_size = check_logits(
         vocab_size, student_logits=student_logits, aligned_logits=aligned_logits, base_logits=base_logits
     )
-    if top_k_indices is None:
-        check_top("top_k", config.top_k, vocab_size)
-    check_top_k_indices(top_k_indices, student_logits, vocab_size)
-    kl_weight_N = check_row_weight("kl_weight", kl_weight, student_logits)
-    completion_weight_N = check_row_weight("completion_weight", completion_weight, student_logits)
+    check_selection(config, top_k_indices, student_logits, vocab_size)
+    kl_weight_N, completion_weight_N = row_weights(kl_weight, completion_weight, student_logits, reduction)
     chosen = choose_implementation(IMPLEMENTATIONS, implementation, student_logits.device, student_logits.dtype)
     inputs = CompletionLossInputs(
         aligned_logits.detach() if aligned_logits.requires_grad else aligned_logits,
         base_logits.detach() if base_logits.requires_grad else base_logits,
-        _normalise(kl_weight_N, reduction),
-        _normalise(completion_weight_N, reduction),
+        kl_weight_N,
+        completion_weight_N,
         top_k_indices,
         config,
         vocab_size,
@@ -107,6 +100,42 @@ def fused_completion_loss(
     else:
         output = chosen.rows(student_logits, inputs)
     return output if reduction == "none" else output._replace(loss=output.loss.sum())
+
+
+def check_settings(config: CompletionLossConfig, reduction: str, **flags: bool) -> None:
+    """Check what both forms of the loss take beside tensors.
+
+    Raises:
+        TypeError: `config` is no `CompletionLossConfig`, or a flag no bool.
+        ValueError: an unknown `reduction`.
+    """
+    if not isinstance(config, CompletionLossConfig):
+        raise TypeError(f"config is a {type(config).__name__}; expected a CompletionLossConfig")
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} is {flag!r}; expected True or False")
+    check_choice("reduction", reduction, get_args(Reduction))
+
+
+def check_selection(config: CompletionLossConfig, top_k_indices: Tensor | None, rows: Tensor, vocab_size: int) -> None:
+    """Check M, given (..., K) or to be found, against the rows of a tensor (..., anything) and their entries."""
+    if top_k_indices is None:
+        check_top("top_k", config.top_k, vocab_size)
+    check_top_k_indices(top_k_indices, rows, vocab_size)
+
+
+def row_weights(
+    kl_weight: Tensor | None, completion_weight: Tensor | None, rows: Tensor, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Both row weights (...,), checked against a tensor (..., anything), such that the sum over rows is the reduction.
+
+    Raises:
+        TypeError, ValueError: as of `check_row_weight`.
+    """
+    return (
+        _normalise(check_row_weight("kl_weight", kl_weight, rows), reduction),
+        _normalise(check_row_weight("completion_weight", completion_weight, rows), reduction),
+    )
 
 
 def _normalise(weight_N: Tensor, reduction: str) -> Tensor:

@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from torch.autograd.function import once_differentiable
 
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
+from deepalign.kernels.upstream import take_saved, times_upstream
 
 RowsAndGradient = Callable[[Tensor, CompletionLossInputs, Tensor], CompletionLossOutput]
 
@@ -52,16 +53,8 @@ class _InplaceRows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
-        (gradient_NV,) = ctx.saved_tensors
-        upstream_N1 = upstream[0].unsqueeze(-1)
-        # One synchronisation on a GPU, the price of not allocating.
-        if not bool((upstream_N1 == 1).all()):
-            return torch.mul(gradient_NV, upstream_N1, out=torch.empty_like(gradient_NV)), None, None
-        # Autograd may adopt what it is given as a leaf's .grad and add the next gradient into it: a graph that will run
-        # again needs the buffer as it is. Only this private call tells; without retain_graph nothing is copied.
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            gradient_NV = gradient_NV.clone()
-        return gradient_NV, None, None
+        # The student's logits still refer to the buffer, but nobody may use them any more.
+        return times_upstream(take_saved(ctx), 0, upstream[0], given_away=True), None, None
 
 
 def _check_overwritable(student_NV: Tensor, **frozen: Tensor) -> None:

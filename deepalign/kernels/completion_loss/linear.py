@@ -1,20 +1,18 @@
 """The public completion loss from hidden states: no logits beyond a chunk of rows. `linear_op.py` computes."""
 
-from typing import get_args
-
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import (
-    check_choice,
-    check_row_weight,
-    check_top,
-    check_top_k_indices,
-    compute_dtype,
-    implementation_name,
-)
+from deepalign.kernels.checks import compute_dtype, implementation_name
 from deepalign.kernels.completion_loss import linear_op  # noqa: F401  (defines the ops)
-from deepalign.kernels.completion_loss.api import IMPLEMENTATIONS, PAPER_CONFIG, Reduction, _normalise
+from deepalign.kernels.completion_loss.api import (
+    IMPLEMENTATIONS,
+    PAPER_CONFIG,
+    Reduction,
+    check_selection,
+    check_settings,
+    row_weights,
+)
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossOutput
 from deepalign.kernels.linear_rows import check_logit_options, check_models, choose_chunk_rows, under_autocast
 
@@ -76,39 +74,24 @@ def fused_linear_completion_loss(
         ValueError: a value, shape or device that does not fit; a sharded (DTensor) or partitioned (ZeRO-3) head.
         RuntimeError: the implementation cannot run.
     """
-    if not isinstance(config, CompletionLossConfig):
-        raise TypeError(f"config is a {type(config).__name__}; expected a CompletionLossConfig")
-    if not isinstance(recompute, bool):
-        raise TypeError(f"recompute is {recompute!r}; expected True or False")
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_settings(config, reduction, recompute=recompute)
     check_logit_options(logit_softcap, logit_scale, chunk_rows)
     given = (student_hidden, student_lm_head, aligned_hidden, aligned_lm_head, base_hidden, base_lm_head)
     student, student_head, aligned, aligned_head, base, base_head = map(under_autocast, given)
     models = {"student": (student, student_head), "aligned": (aligned, aligned_head), "base": (base, base_head)}
     vocab_size = check_models(vocab_size, models)
-    if top_k_indices is None:
-        check_top("top_k", config.top_k, vocab_size)
-    check_top_k_indices(top_k_indices, student, vocab_size)
-    kl_weight_N = check_row_weight("kl_weight", kl_weight, student)
-    completion_weight_N = check_row_weight("completion_weight", completion_weight, student)
+    check_selection(config, top_k_indices, student, vocab_size)
+    kl_weight_N, completion_weight_N = row_weights(kl_weight, completion_weight, student, reduction)
     serving = implementation_name(IMPLEMENTATIONS, implementation, student.device, compute_dtype(student))
-
-    rows = student.shape[:-1]
-    dhidden, dlm_head = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (student, student_head))
-    reduce = reduction != "none"
-    if recompute or (dlm_head and not reduce):
-        dhidden = dlm_head = False
+    dhidden, dlm_head = _gradients_in_forward(student, student_head, reduction, recompute)
     if chunk_rows is None:
-        on_gpu = student.device.type != "cpu"
-        buffers = 3.0 + (logit_softcap is not None) + (0.5 if on_gpu else 0.0)
-        head_bytes = 2 * student_head.numel() if on_gpu and dhidden and student_head.dtype == torch.bfloat16 else 0
-        chunk_rows = choose_chunk_rows(rows.numel(), vocab_size, student.device, buffers, head_bytes)
+        chunk_rows = _chosen_chunk_rows(student, student_head, vocab_size, logit_softcap is not None, dhidden)
     output = torch.ops.deepalign.linear_completion_loss(
         student.reshape(-1, student.shape[-1]),
         student_head,
         *(tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in (aligned, aligned_head, base, base_head)),
-        _normalise(kl_weight_N, reduction).reshape(-1),
-        _normalise(completion_weight_N, reduction).reshape(-1),
+        kl_weight_N.reshape(-1),
+        completion_weight_N.reshape(-1),
         None if top_k_indices is None else top_k_indices.reshape(-1, top_k_indices.shape[-1]),
         kl_weight is not None and completion_weight is not None,
         config.top_k,
@@ -125,13 +108,32 @@ def fused_linear_completion_loss(
         logit_softcap,
         logit_scale,
         serving,
-        reduce,
+        reduction != "none",
         dhidden,
         dlm_head,
     )
+    return _shaped(output, student.shape[:-1], reduction)
+
+
+def _gradients_in_forward(student: Tensor, head: Tensor, reduction: str, recompute: bool) -> tuple[bool, bool]:
+    """Which of dh and dW the forward computes: those needed, none where the backward starts again."""
+    dhidden, dlm_head = (torch.is_grad_enabled() and tensor.requires_grad for tensor in (student, head))
+    if recompute or (dlm_head and reduction == "none"):
+        return False, False
+    return dhidden, dlm_head
+
+
+def _chosen_chunk_rows(student: Tensor, head: Tensor, vocab_size: int, softcap: bool, dhidden: bool) -> int:
+    on_gpu = student.device.type != "cpu"
+    buffers = 3.0 + softcap + (0.5 if on_gpu else 0.0)
+    head_bytes = 2 * head.numel() if on_gpu and dhidden and head.dtype == torch.bfloat16 else 0
+    return choose_chunk_rows(student.shape[:-1].numel(), vocab_size, student.device, buffers, head_bytes)
+
+
+def _shaped(output: tuple[Tensor, ...], rows: torch.Size, reduction: str) -> CompletionLossOutput:
     loss, kl, completion, alpha, count, indices = output[:6]
     return CompletionLossOutput(
-        loss if reduce else loss.view(rows),
+        loss.view(rows) if reduction == "none" else loss,
         *(kl.view(rows), completion.view(rows), alpha.view(rows), count.view(rows)),
         indices.view(*rows, indices.shape[-1]),
     )

@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import compute_dtype, is_one
+from deepalign.kernels.checks import compute_dtype
 from deepalign.kernels.completion_loss.api import IMPLEMENTATIONS, Implementation
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.half_products import HalfProducts
 from deepalign.kernels.library import LIBRARY, autograd_inside_an_op
 from deepalign.kernels.linear_rows import Head, logits_
 from deepalign.kernels.products import product_, product_route, row_levels
+from deepalign.kernels.upstream import take_saved, times_upstream
 
 _MODELS = (
     "Tensor student_hidden, Tensor student_lm_head, Tensor aligned_hidden, Tensor aligned_lm_head, "
@@ -293,10 +294,10 @@ def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor) -> tuple[Tenso
         return (None, None, *nothing)
     dhidden, dlm_head = ctx.needs_input_grad[:2]
     if not ctx.again:
-        kept_dhidden, kept_dlm_head = ctx.saved_tensors
+        saved = take_saved(ctx)
         return (
-            _scaled(kept_dhidden, upstream) if dhidden else None,
-            _scaled(kept_dlm_head, upstream) if dlm_head else None,
+            times_upstream(saved, 0, upstream) if dhidden else None,
+            times_upstream(saved, 1, upstream) if dlm_head else None,
             *nothing,
         )
     tensors = ctx.saved_tensors
@@ -311,17 +312,6 @@ def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor) -> tuple[Tenso
         *tensors[:8], given, *ctx.rest, upstream, dhidden, dlm_head
     )
     return (results[0] if dhidden else None, results[1] if dlm_head else None, *nothing)
-
-
-def _scaled(gradient: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient times the upstream one, per row or the only one; the saved tensor itself is never written to."""
-    if is_one(upstream):
-        # Autograd may adopt what it is given as a leaf's .grad and add to it in place: a graph that will run again
-        # needs its own. Only this private call tells.
-        return gradient.clone() if torch._C._autograd._get_current_graph_task_keep_graph() else gradient
-    if upstream.dim() == 1:
-        upstream = upstream.unsqueeze(-1)
-    return torch.mul(gradient, upstream, out=torch.empty_like(gradient))
 
 
 torch.library.register_autograd(

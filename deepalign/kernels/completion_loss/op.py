@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from deepalign.kernels.checks import is_one
 from deepalign.kernels.completion_loss.config import CompletionLossInputs
 from deepalign.kernels.library import LIBRARY, implement_on_gpu
+from deepalign.kernels.upstream import take_saved, times_upstream
 
 _INPUTS = (
     "Tensor aligned, Tensor base, Tensor kl_weight, Tensor completion_weight, Tensor? top_k_indices, int top_k, "
@@ -75,15 +75,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    (gradient,) = ctx.saved_tensors
-    return (_scaled(gradient, loss_gradient), *(None,) * (len(ctx.needs_input_grad) - 1))
-
-
-def _scaled(gradient_NV: Tensor, upstream_N: Tensor) -> Tensor:
-    """The gradient times each row's upstream gradient: itself where that is 1, else a copy. What is saved stays."""
-    if is_one(upstream_N):
-        return gradient_NV
-    return torch.mul(gradient_NV, upstream_N.unsqueeze(-1), out=torch.empty_like(gradient_NV))
+    return (times_upstream(take_saved(ctx), 0, loss_gradient), *(None,) * (len(ctx.needs_input_grad) - 1))
 
 
 torch.library.register_autograd("deepalign::completion_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
@@ -111,5 +103,4 @@ class _Rows(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
-        (gradient,) = ctx.saved_tensors
-        return _scaled(gradient, loss_gradient), None
+        return times_upstream(take_saved(ctx), 0, loss_gradient), None

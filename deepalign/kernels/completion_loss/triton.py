@@ -16,6 +16,7 @@ Nothing depends on the order of programs: no atomics on floats, sums over the pr
 With penalty="centered_square" every entry's gradient depends on M, so M comes before pass 2, which then reads memory.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,15 @@ class Plan(NamedTuple):
     together: bool
 
 
+class Selection(NamedTuple):
+    """Where M comes from."""
+
+    k: int
+    given: Tensor | None  # (N, K) int64: by the user, or by torch's sort; None: the kernels select
+    listed: Tensor | None  # the same, repetitions replaced by -1 where there are many
+    distinct: bool  # whether `listed` has no repetition to look for
+
+
 def completion_loss(student: Tensor, aligned: Tensor, base: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """The kernel of `deepalign::completion_loss`."""
     *rest, with_gradient = arguments
@@ -117,64 +127,23 @@ def run_rows(
     check_rows(options.vocab_size, **logits, **({} if gradient is None else {"gradient": gradient}))
     check_per_row("kl_weight", kl_weight, student, torch.float32)
     check_per_row("completion_weight", completion_weight, student, torch.float32)
-    rows, width = student.shape
     if given is not None:
         check_per_row("top_k_indices", given, student, torch.int64, given.shape[-1])
     elif not 1 <= options.top_k <= options.vocab_size:
         raise RuntimeError(f"deepalign: top_k must be in [1, vocab_size], is {options.top_k}")
-    k = options.top_k if given is None else given.shape[1]
-    listed, distinct = given, k > MOST_SELECTED
-    if distinct and given is None:
-        given = listed = _select_before(student, aligned, base, options)
-    elif distinct and given is not None:
-        listed = _without_repetition(given)
-    device = student.device
-    new = lambda *shape, dtype=torch.float32: torch.empty(shape, dtype=dtype, device=device)  # noqa: E731
-    per_row = new(5, rows)
-    count, indices, differences = (
-        new(rows, dtype=torch.int64),
-        new(rows, k, dtype=torch.int64),
-        new(0 if options.distill else rows, k),
-    )
-    output = (per_row[0], per_row[1], per_row[2], per_row[3], count, indices, differences)
+    selection = _selection(student, aligned, base, given, options)
+    rows, device = student.shape[0], student.device
+    per_row = torch.empty((5, rows), device=device)
+    count = torch.empty(rows, dtype=torch.int64, device=device)
+    indices = torch.empty((rows, selection.k), dtype=torch.int64, device=device)
+    differences = torch.empty((0 if options.distill else rows, selection.k), device=device)
+    output = (*per_row[:4].unbind(), count, indices, differences)
     if rows == 0:
         return output
     tensors = [student, aligned, base] + ([] if gradient is None else [gradient])
-    plan = _plan(
-        launch_of("completion_loss", device), tensors, options.vocab_size, k, given is not None, together, options
-    )
-    programs = rows * plan.split
-    words = _new_words(programs, device)
-    index, value = new(programs, plan.capacity, dtype=torch.int32), new(programs, plan.capacity)
-    found, counts = new(programs, dtype=torch.int32), new(programs, dtype=torch.int32)
-    scale = 1.4426950408889634 / options.temperature
-    views = [from_16_bytes(tensor, plan.lead) for tensor in tensors]
-    g, stride_g = (student, 0) if gradient is None else (gradient, gradient.stride(0))
-    mix = 1.0 - options.teacher_mix
-    flags = {
-        "S": plan.split, "CAPACITY": plan.capacity, "DISTILL": options.distill,
-        "TEACHER_STUDENT": options.teacher_student, "FROM_STUDENT": options.favored_from_student,
-        "CENTERED": options.centered_square, "GIVEN": given is not None, "enable_fp_fusion": True,
-    }  # fmt: skip
-
-    def read(first: bool, second: bool, with_gradient: bool) -> None:
-        rows_kernel[(programs,)](
-            views[0], views[1], views[2], views[-1], kl_weight, completion_weight, listed, words,
-            words[-1:], index, value, found, counts, per_row[4], student.stride(0), aligned.stride(0), base.stride(0),
-            stride_g, plan.lead, options.vocab_size, width, plan.bound_k, k, mix, scale, options.temperature,
-            FIRST=first, SECOND=second, BLOCK=plan.block, TILES=plan.tiles, LANES=plan.lanes, ALIGN=plan.align,
-            GRADIENT=with_gradient, num_warps=plan.warps, **flags,
-            **at_most_registers(SHARED_REGISTERS if second else ALL_REGISTERS),
-        )  # fmt: skip
-
-    def select(statistics: bool, fix: bool) -> None:
-        select_kernel[(rows,)](
-            aligned, base, g, kl_weight, completion_weight, given, listed, words, index, value, found, counts,
-            per_row[4], *output, aligned.stride(0), base.stride(0), stride_g, options.vocab_size, k, mix, scale,
-            options.temperature, options.alpha_base, options.gamma, options.lambda_reg, STATISTICS=statistics, FIX=fix,
-            DISTINCT=distinct, num_warps=1, **flags, **at_most_registers(ALL_REGISTERS),
-        )  # fmt: skip
-
+    launch = launch_of("completion_loss", device)
+    plan = _plan(launch, tensors, options.vocab_size, selection.k, selection.given is not None, together, options)
+    read, select = _launches(tensors, kl_weight, completion_weight, selection, options, plan, output, per_row[4])
     emits = gradient is not None
     if emits and options.centered_square:
         read(True, False, False)
@@ -190,6 +159,69 @@ def run_rows(
             read(False, True, emits)
         select(True, emits)
     return output
+
+
+def _selection(student: Tensor, aligned: Tensor, base: Tensor, given: Tensor | None, options: Options) -> Selection:
+    k = options.top_k if given is None else given.shape[1]
+    if k <= MOST_SELECTED:
+        return Selection(k, given, given, False)
+    if given is None:
+        found = _select_before(student, aligned, base, options)
+        return Selection(k, found, found, True)
+    return Selection(k, given, _without_repetition(given), True)
+
+
+def _launches(
+    tensors: list[Tensor],
+    kl_weight: Tensor,
+    completion_weight: Tensor,
+    selection: Selection,
+    options: Options,
+    plan: Plan,
+    output: tuple[Tensor, ...],
+    raised: Tensor,
+) -> tuple[Callable[[bool, bool, bool], None], Callable[[bool, bool], None]]:
+    """The two kernels with their scratch: read(first pass, second, with gradient) and select(statistics, fix).
+
+    `tensors`: student, aligned, base and, if it is wanted, the gradient; `raised` (N,) fp32 carries what
+    "centered_square" adds to every entry's gradient from `select` to `read`.
+    """
+    student, aligned, base = tensors[:3]
+    (rows, width), device = student.shape, student.device
+    programs = rows * plan.split
+    words = _new_words(programs, device)
+    index = torch.empty((programs, plan.capacity), dtype=torch.int32, device=device)
+    value = torch.empty((programs, plan.capacity), device=device)
+    found, counts = (torch.empty(programs, dtype=torch.int32, device=device) for _ in range(2))
+    views = [from_16_bytes(tensor, plan.lead) for tensor in tensors]
+    stride_g = tensors[3].stride(0) if len(tensors) > 3 else 0
+    mix, scale = 1.0 - options.teacher_mix, 1.4426950408889634 / options.temperature
+    flags = {
+        "S": plan.split, "CAPACITY": plan.capacity, "DISTILL": options.distill,
+        "TEACHER_STUDENT": options.teacher_student, "FROM_STUDENT": options.favored_from_student,
+        "CENTERED": options.centered_square, "GIVEN": selection.given is not None, "enable_fp_fusion": True,
+    }  # fmt: skip
+
+    def read(first: bool, second: bool, with_gradient: bool) -> None:
+        rows_kernel[(programs,)](
+            views[0], views[1], views[2], views[-1], kl_weight, completion_weight, selection.listed, words, words[-1:],
+            index, value, found, counts, raised, student.stride(0), aligned.stride(0), base.stride(0), stride_g,
+            plan.lead, options.vocab_size, width, plan.bound_k, selection.k, mix, scale, options.temperature,
+            FIRST=first, SECOND=second, BLOCK=plan.block, TILES=plan.tiles, LANES=plan.lanes, ALIGN=plan.align,
+            GRADIENT=with_gradient, num_warps=plan.warps, **flags,
+            **at_most_registers(SHARED_REGISTERS if second else ALL_REGISTERS),
+        )  # fmt: skip
+
+    def select(statistics: bool, fix: bool) -> None:
+        select_kernel[(rows,)](
+            aligned, base, tensors[-1], kl_weight, completion_weight, selection.given, selection.listed, words, index,
+            value, found, counts, raised, *output, aligned.stride(0), base.stride(0), stride_g, options.vocab_size,
+            selection.k, mix, scale, options.temperature, options.alpha_base, options.gamma, options.lambda_reg,
+            STATISTICS=statistics, FIX=fix, DISTINCT=selection.distinct, num_warps=1, **flags,
+            **at_most_registers(ALL_REGISTERS),
+        )  # fmt: skip
+
+    return read, select
 
 
 def check_rows(vocab_size: int, **logits: Tensor) -> None:

@@ -32,6 +32,7 @@ WORDS = tl.constexpr(16)
 
 @triton.jit
 def publish(words_ptr, word: tl.constexpr, value):
+    """Write one of this program's words: an fp32 scalar and the tag in one 64-bit store."""
     bits = value.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
     tl.store(words_ptr + word, bits | (1 << 32))
 
@@ -48,6 +49,7 @@ def read_words(words_ptr, word: tl.constexpr, S: tl.constexpr):
 
 @triton.jit
 def exponential(x, offset, scale, FROM_LOGITS: tl.constexpr):
+    """2^(x scale - offset) in fp32, of x's shape; FROM_LOGITS: the offset is in logits, and differenced first."""
     if FROM_LOGITS:
         return tl.exp2((x - offset) * scale)
     else:

@@ -53,6 +53,7 @@ def _add_tile(
     BLOCK: tl.constexpr, ALIGN: tl.constexpr, DISTILL: tl.constexpr, TEACHER_STUDENT: tl.constexpr,
     FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
+    """Add one tile's two halves to `sums` of (BLOCK / 2,) fp32 lanes each: see `accumulate`."""
     P: tl.constexpr = BLOCK // 2
     s_low, s_high = load_tile(s_ptr, tile, shift, vocab, BLOCK, MASKED, ALIGN)
     a_low, a_high = load_tile(a_ptr, tile, shift, vocab, BLOCK, MASKED, ALIGN)
@@ -135,7 +136,6 @@ def _read_share(
     FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Pass 1: publish what this share says; return the largest d per lane, and the bound from them alone."""
-    P: tl.constexpr = BLOCK // 2
     words_ptr += part * WORDS
     s0, a0 = tl.load(s_ptr + shift).to(tl.float32), tl.load(a_ptr + shift).to(tl.float32)
     offsets = optimistic_offsets(s0, a0, tl.load(b_ptr + shift).to(tl.float32), mix, scale, FROM_STUDENT)
@@ -152,8 +152,7 @@ def _read_share(
     sound = finite(z_s) & finite(z_t) & finite(z_r) & finite(z_b) & finite(z_d)
     if not (sound & finite(o_s + o_t + o_r + o_b)):
         careful += 1.0
-        least = tl.full([P * 2], -INFINITY, tl.float32)
-        none = tl.zeros([P * 2], tl.int32)
+        least, none = tl.full([BLOCK], -INFINITY, tl.float32), tl.zeros([BLOCK], tl.int32)
         found = (least, least, least, least, none, none)
         for tile in range(part, tiles, S):
             exists = tile_mask(tile, shift, vocab, BLOCK)
@@ -291,6 +290,7 @@ def _emit_share(
 
 @triton.jit
 def _fill_zero(row_ptr, start, end, part, S: tl.constexpr, BLOCK: tl.constexpr):
+    """Write 0 to this program's share of entries [start, end): padding, or all of a row that is not read."""
     for first in range(start + part * BLOCK, end, S * BLOCK):
         at = first + tl.arange(0, BLOCK)
         tl.store(row_ptr + at, tl.zeros([BLOCK], row_ptr.dtype.element_ty), mask=at < end)

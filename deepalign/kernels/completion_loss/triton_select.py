@@ -71,6 +71,7 @@ def _rank(
 
 @triton.jit
 def _write_row(ptr, value, K):
+    """Fill K entries with one value."""
     for first in range(0, K, CHUNK):
         at = first + tl.arange(0, CHUNK)
         tl.store(ptr + at, tl.full([CHUNK], value, ptr.dtype.element_ty), mask=at < K)
@@ -78,9 +79,77 @@ def _write_row(ptr, value, K):
 
 @triton.jit
 def _copy_row(from_ptr, to_ptr, K):
+    """Copy K entries of one dtype."""
     for first in range(0, K, CHUNK):
         at = first + tl.arange(0, CHUNK)
         tl.store(to_ptr + at, tl.load(from_ptr + at, mask=at < K), mask=at < K)
+
+
+@triton.jit
+def _write_blank(
+    row, given_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, raise_ptr, out_count_ptr, out_index_ptr,
+    out_difference_ptr, K, is_read, bad, DISTILL: tl.constexpr, CENTERED: tl.constexpr, GIVEN: tl.constexpr,
+):  # fmt: skip
+    """What a row has that is not read (0, -1, -inf) or bad (NaN, -1); what is given is copied out. Others follow it."""
+    blank = tl.where(bad, float("nan"), 0.0)
+    if GIVEN and is_read & (bad == False):  # noqa: E712
+        _copy_row(given_ptr, out_index_ptr, K)
+    else:
+        _write_row(out_index_ptr, -1, K)
+    if not DISTILL:
+        _write_row(out_difference_ptr, tl.where(bad, float("nan"), float("-inf")), K)
+    else:
+        tl.store(loss_ptr + row, blank)
+        tl.store(kl_ptr + row, blank)
+        tl.store(completion_ptr + row, blank)
+        tl.store(alpha_ptr + row, blank)
+    tl.store(out_count_ptr + row, tl.full((), 0, tl.int64))
+    if CENTERED:
+        tl.store(raise_ptr + row, 0.0)
+
+
+@triton.jit
+def _choose(
+    a_ptr, b_ptr, g_ptr, listed_ptr, index_ptr, value_ptr, found_ptr, out_index_ptr, out_difference_ptr, vocab, K, mean,
+    penalty, raise_by, facts, careful, wd, mix, scale, tau, STATISTICS: tl.constexpr, FIX: tl.constexpr,
+    S: tl.constexpr, CAPACITY: tl.constexpr, DISTILL: tl.constexpr, TEACHER_STUDENT: tl.constexpr,
+    FROM_STUDENT: tl.constexpr, GIVEN: tl.constexpr, DISTINCT: tl.constexpr,
+):  # fmt: skip
+    """M among the candidates, each to the place of its rank (STATISTICS), with its gradient (FIX).
+
+    Returns the sums over M of (s - mean)^2 and of s - mean, in fp32.
+    """
+    squares, offsets = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
+    for own in range(0, 1 if GIVEN else S):
+        end = K if GIVEN else tl.load(found_ptr + own)
+        for first in range(0, end, CHUNK):
+            at = first + tl.arange(0, CHUNK)
+            index, s, key, d = _listed(
+                a_ptr, a_ptr, b_ptr, listed_ptr, index_ptr + own * CAPACITY, value_ptr + own * CAPACITY,
+                first, end, vocab, FROM_STUDENT, GIVEN,
+            )  # fmt: skip
+            rank = tl.zeros([CHUNK], tl.int32)
+            if not (GIVEN and DISTINCT):
+                rank = _rank(
+                    at, index, key, a_ptr, b_ptr, listed_ptr, index_ptr, value_ptr, found_ptr, K, vocab,
+                    1 if GIVEN else S, CAPACITY, FROM_STUDENT, GIVEN,
+                )  # fmt: skip
+            member = (key > LOWEST_KEY) & (rank < (1 if GIVEN else K))
+            e = tl.where(member, s - mean, 0.0)
+            squares += e * e
+            offsets += e
+            if STATISTICS and not GIVEN:
+                tl.store(out_index_ptr + rank, index, mask=member)
+            if STATISTICS and not DISTILL:
+                tl.store(out_difference_ptr + (at if GIVEN else rank), d, mask=member)
+            if FIX:
+                part_s, part_t, gap, kl = facts
+                a = tl.load(a_ptr + index, mask=member, other=0.0).to(tl.float32)
+                b = tl.load(b_ptr + index, mask=member, other=0.0).to(tl.float32)
+                g = careful_gradient(s, a, b, part_s, part_t, gap, kl, wd, mix, scale, tau, careful, TEACHER_STUDENT)
+                g += penalty * e + raise_by
+                tl.store(g_ptr + index, g.to(g_ptr.dtype.element_ty), mask=member)
+    return squares, offsets
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -111,21 +180,10 @@ def select_kernel(
     if is_read:
         bad, _, _ = row_facts(words_ptr, S)
     if STATISTICS:
-        blank = tl.where(bad, float("nan"), 0.0)
-        if GIVEN and is_read & (bad == False):  # noqa: E712
-            _copy_row(given_ptr, out_index_ptr, K)
-        else:
-            _write_row(out_index_ptr, -1, K)
-        if not DISTILL:
-            _write_row(out_difference_ptr, tl.where(bad, float("nan"), float("-inf")), K)
-        else:
-            tl.store(loss_ptr + row, blank)
-            tl.store(kl_ptr + row, blank)
-            tl.store(completion_ptr + row, blank)
-            tl.store(alpha_ptr + row, blank)
-        tl.store(out_count_ptr + row, tl.full((), 0, tl.int64))
-        if CENTERED:
-            tl.store(raise_ptr + row, 0.0)
+        _write_blank(
+            row, given_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, raise_ptr, out_count_ptr, out_index_ptr,
+            out_difference_ptr, K, is_read, bad, DISTILL, CENTERED, GIVEN,
+        )  # fmt: skip
         tl.debug_barrier()
     if is_read & (bad == False):  # noqa: E712
         _, careful, present = row_facts(words_ptr, S)
@@ -133,47 +191,23 @@ def select_kernel(
         alpha = alpha_base * (1.0 + gamma * (favored.to(tl.float32) / present))
         mean = tl.sum(read_words(words_ptr, TOTAL, S)) / present if CENTERED else 0.0
         if DISTILL:
-            part_s, part_t, gap, kl = divergence_facts(words_ptr, careful, scale, tau, TEACHER_STUDENT, S)
+            facts = divergence_facts(words_ptr, careful, scale, tau, TEACHER_STUDENT, S)
+        else:
+            facts = ((alpha, alpha), (alpha, alpha), alpha, alpha)
         raise_by = tl.load(raise_ptr + row) if CENTERED and FIX else 0.0
         penalty = tl.where(wc > 0, wc * alpha * 2.0 * lambda_reg, 0.0)
-        squares, offsets = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
-        for own in range(0, 1 if GIVEN else S):
-            end = K if GIVEN else tl.load(found_ptr + own)
-            for first in range(0, end, CHUNK):
-                at = first + tl.arange(0, CHUNK)
-                index, s, key, d = _listed(
-                    a_ptr, a_ptr, b_ptr, listed_ptr, index_ptr + own * CAPACITY, value_ptr + own * CAPACITY,
-                    first, end, vocab, FROM_STUDENT, GIVEN,
-                )  # fmt: skip
-                rank = tl.zeros([CHUNK], tl.int32)
-                if not (GIVEN and DISTINCT):
-                    rank = _rank(
-                        at, index, key, a_ptr, b_ptr, listed_ptr, index_ptr, value_ptr, found_ptr, K, vocab,
-                        1 if GIVEN else S, CAPACITY, FROM_STUDENT, GIVEN,
-                    )  # fmt: skip
-                member = (key > LOWEST_KEY) & (rank < (1 if GIVEN else K))
-                e = tl.where(member, s - mean, 0.0)
-                squares += e * e
-                offsets += e
-                if STATISTICS and not GIVEN:
-                    tl.store(out_index_ptr + rank, index, mask=member)
-                if STATISTICS and not DISTILL:
-                    tl.store(out_difference_ptr + (at if GIVEN else rank), d, mask=member)
-                if FIX:
-                    a = tl.load(a_ptr + index, mask=member, other=0.0).to(tl.float32)
-                    b = tl.load(b_ptr + index, mask=member, other=0.0).to(tl.float32)
-                    g = careful_gradient(
-                        s, a, b, part_s, part_t, gap, kl, wd, mix, scale, tau, careful, TEACHER_STUDENT
-                    )
-                    g += penalty * e + raise_by
-                    tl.store(g_ptr + index, g.to(g_ptr.dtype.element_ty), mask=member)
+        squares, offsets = _choose(
+            a_ptr, b_ptr, g_ptr, listed_ptr, index_ptr, value_ptr, found_ptr, out_index_ptr, out_difference_ptr, vocab,
+            K, mean, penalty, raise_by, facts, careful, wd, mix, scale, tau, STATISTICS, FIX, S, CAPACITY, DISTILL,
+            TEACHER_STUDENT, FROM_STUDENT, GIVEN, DISTINCT,
+        )  # fmt: skip
         if STATISTICS:
             tl.store(out_count_ptr + row, favored.to(tl.int64))
             if CENTERED:
                 tl.store(raise_ptr + row, -penalty * tl.sum(offsets) / present)
             if DISTILL:
                 completion = lambda_reg * tl.sum(squares)
-                kl = tau * tau * kl
+                kl = tau * tau * facts[3]
                 loss = tl.where(wd > 0, wd * kl, 0.0) + tl.where(wc > 0, wc * (alpha * completion), 0.0)
                 tl.store(loss_ptr + row, loss)
                 tl.store(kl_ptr + row, kl)

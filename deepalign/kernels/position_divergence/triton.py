@@ -139,16 +139,9 @@ def _add(a, b, here, sums, offset_a, offset_b, MASKED: tl.constexpr, CAREFUL: tl
 
 @triton.jit
 def _load_pair(
-    a_ptr,
-    b_ptr,
-    tile,
-    shift,
-    vocab,
-    BLOCK: tl.constexpr,
-    MASKED: tl.constexpr,
-    CAREFUL: tl.constexpr,
+    a_ptr, b_ptr, tile, shift, vocab, BLOCK: tl.constexpr, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
     ALIGN: tl.constexpr,
-):
+):  # fmt: skip
     """Halves of both models, and which entries are there; CAREFUL: and finite."""
     P: tl.constexpr = BLOCK // 2
     a_low, a_high = load_tile(a_ptr, tile, shift, vocab, BLOCK, MASKED, ALIGN)
@@ -166,6 +159,7 @@ def _add_tile(
     a_ptr, b_ptr, tile, shift, vocab, sums, offset_a, offset_b, MASKED: tl.constexpr, CAREFUL: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    """Add one tile's two halves to `sums` of (BLOCK / 2,) fp32 lanes each: see `_add`."""
     a_low, b_low, low, a_high, b_high, high = _load_pair(
         a_ptr, b_ptr, tile, shift, vocab, BLOCK, MASKED, CAREFUL, ALIGN
     )
@@ -251,6 +245,7 @@ def _compare_tile(
     a_ptr, b_ptr, tile, shift, vocab, shares, count, threshold, unit, part_a, part_b, MASKED: tl.constexpr,
     BLOCK: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    """Add one tile's two halves to `shares` and `count`, (BLOCK / 2,) each: see `_compare`."""
     a_low, b_low, low, a_high, b_high, high = _load_pair(a_ptr, b_ptr, tile, shift, vocab, BLOCK, MASKED, MASKED, ALIGN)
     shares, count = _compare(a_low, b_low, low, shares, count, threshold, unit, part_a, part_b, MASKED)
     return _compare(a_high, b_high, high, shares, count, threshold, unit, part_a, part_b, MASKED)
@@ -320,6 +315,7 @@ def divergence_kernel(
     b_top_ptr, stride_a, stride_b, lead, vocab, n, BLOCK: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
     CAPACITY: tl.constexpr, LISTED: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
+    """One program per row: every statistic, fp32 or int64. LISTED: both tops, (n,) indices, are given, not found."""
     row = tl.program_id(0).to(tl.int64)
     shift = row_shift(row, stride_a, lead, ALIGN)
     a_ptr, b_ptr = row_pointer(a_ptr, row, stride_a, lead, ALIGN), row_pointer(b_ptr, row, stride_b, lead, ALIGN)
@@ -343,37 +339,13 @@ def divergence_kernel(
         jsd, total = _compare_row(a_ptr, b_ptr, tiles, shift, vocab, careful, threshold, part_a, part_b, BLOCK, ALIGN)
         if not LISTED:
             _top(
-                a_ptr,
-                b_ptr,
-                index_ptr,
-                value_ptr,
-                a_top_ptr,
-                top_a,
-                n,
-                tiles,
-                vocab,
-                shift,
-                BLOCK,
-                TILES,
-                LANES,
+                a_ptr, b_ptr, index_ptr, value_ptr, a_top_ptr, top_a, n, tiles, vocab, shift, BLOCK, TILES, LANES,
                 CAPACITY,
-            )
+            )  # fmt: skip
             _top(
-                b_ptr,
-                a_ptr,
-                index_ptr,
-                value_ptr,
-                b_top_ptr,
-                top_b,
-                n,
-                tiles,
-                vocab,
-                shift,
-                BLOCK,
-                TILES,
-                LANES,
+                b_ptr, a_ptr, index_ptr, value_ptr, b_top_ptr, top_b, n, tiles, vocab, shift, BLOCK, TILES, LANES,
                 CAPACITY,
-            )
+            )  # fmt: skip
         size, common, in_top = _shared(a_top_ptr, b_top_ptr, a_ptr + shift, b_ptr + shift, threshold, n)
         overlap = common.to(tl.float32) / size.to(tl.float32)
     tl.store(kl_ptr + row, kl)

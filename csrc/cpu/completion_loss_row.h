@@ -1,0 +1,339 @@
+// A row of the completion loss: its first pass, and what the passes share. completion_loss.h has the second.
+#pragma once
+
+#include "completion_loss_math.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+template <class T>
+class CompletionLossRow {
+ public:
+  CompletionLossRow(const CompletionLossArgs& args, const Cut& cut, int64_t row);
+
+  bool is_read() const { return wd_ > 0 || wc_ > 0; }
+  bool bad() const { return bad_; }
+  bool emits() const { return gradient_ != nullptr; }
+  bool selects_first() const { return emits() && args_.centered_square; }  // its gradient needs M in every entry
+  float candidate_bound(const GroupMaxima& maxima) const { return args_.given ? kInfinity : maxima.bound(args_.top_k); }
+
+  LossSums scan(int64_t segment, GroupMaxima& maxima) const;
+  bool conclude(const LossSums& rounded);  // false: the sums are no use, start carefully
+  void start_carefully();
+  int64_t collect(int64_t segment, Candidates& candidates) const;
+  int64_t emit(int64_t segment, Candidates& candidates) const;
+  void select_members(Candidates& candidates, int64_t count, bool emitted);
+  void finish() const;
+  void write_blank(float value) const;
+
+ private:
+  struct Member {
+    int64_t index;
+    float s, gradient;  // the gradient without the penalty's part
+  };
+  struct Step {
+    Pair s, a, b;
+  };
+  struct Entry {
+    double s, t;
+  };
+
+  DEEPALIGN_INLINE Step load(int64_t i, int64_t n) const { return {load_step(s_ + i, n), load_step(a_ + i, n), load_step(b_ + i, n)}; }
+  void guess_offsets();
+  template <class Scan>
+  LossSums scan_with(const Scan& scan, int64_t segment, GroupMaxima& maxima) const;
+  template <class Scan>
+  Pair scan_block(const Scan& scan, int64_t begin, LossLaneSums& sums) const;
+  template <bool kPlain>
+  LossScan<kPlain> ordinary_scan() const;
+  LossMaskedScan masked_scan() const;
+  LossSums refined(LossSums sums) const;
+  LossSums scan_exactly(int64_t begin) const;
+  Float largest_present(int64_t i, bool teacher) const;
+  int64_t peak_step(int64_t begin, bool teacher) const;
+  void add_exactly(int64_t begin, int64_t end, LossSums& sums) const;
+  template <bool kPlain>
+  int64_t emit_as(int64_t segment, Candidates& candidates) const;
+  void fill_gradient(int64_t begin, int64_t end, float value) const;
+  void use_given();
+  Entry entry(int64_t i) const {
+    const float a = to_float(a_[i]), b = to_float(b_[i]);
+    return {to_float(s_[i]), a + double(mix_) * double(b - a)};
+  }
+  Member member(int64_t index) const;
+  bool finite_at(int64_t i) const;
+  LossMix mix() const { return {splat(mix_), args_.teacher_student, args_.favored_from_student}; }
+  Float floor() const { return splat(-200.0f / std::min(scale_, float(kLog2E))); }
+  const T* reference() const { return args_.favored_from_student ? s_ : a_; }
+
+  const CompletionLossArgs& args_;
+  const Cut& cut_;
+  const int64_t row_;
+  const T *const s_, *const a_, *const b_;
+  T* const gradient_;
+  const float mix_, scale_, wd_, wc_;
+  const bool plain_;
+  bool careful_ = false, bad_ = false;
+  int64_t present_, count_ = 0;
+  LossOffsets offsets_;
+  double log2_s_ = 0, log2_t_ = 0, raw_kl_ = 0, log_ratio_ = 0, mean_ = 0, alpha_ = 0, completion_ = 0, shift_ = 0;
+  float threshold_ = 0;
+  std::vector<Member> members_;
+};
+
+template <class T>
+CompletionLossRow<T>::CompletionLossRow(const CompletionLossArgs& args, const Cut& cut, int64_t row)
+    : args_(args), cut_(cut), row_(row), s_(row_of<T>(args.student, row)), a_(row_of<T>(args.aligned, row)),
+      b_(row_of<T>(args.base, row)),
+      gradient_(args.gradient ? static_cast<T*>(args.gradient) + row * args.gradient_stride : nullptr),
+      mix_(float(1.0 - args.teacher_mix)), scale_(float(kLog2E / args.temperature)), wd_(args.kl_weight[row]),
+      wc_(args.completion_weight[row]),
+      plain_(!args.teacher_student && !args.favored_from_student && !args.centered_square), present_(cut.size) {
+  if (is_read()) guess_offsets();
+}
+
+// The largest of the first entries stands for the row's largest.
+template <class T>
+void CompletionLossRow<T>::guess_offsets() {
+  float s = -kInfinity, t = -kInfinity, r = -kInfinity, b = -kInfinity;
+  for (int64_t i = 0; i < std::min<int64_t>(64, cut_.size); ++i) {
+    const float xs = to_float(s_[i]), xa = to_float(a_[i]), xb = to_float(b_[i]);
+    s = std::max(s, xs), b = std::max(b, xb), r = std::max(r, to_float(reference()[i]));
+    t = std::max(t, xa + mix_ * (xb - xa));
+  }
+  const bool ordinary = whole_bits(s, scale_, &offsets_.s) && whole_bits(t, scale_, &offsets_.t) &&
+                        whole_bits(r, float(kLog2E), &offsets_.r) && whole_bits(b, float(kLog2E), &offsets_.b);
+  if (!ordinary) start_carefully();
+}
+
+// Finds true maxima, absent entries, and whether the row is bad.
+template <class T>
+void CompletionLossRow<T>::start_carefully() {
+  careful_ = true;
+  offsets_ = LossOffsets();
+  const Float lowest = splat(-kInfinity);
+  Float s = lowest, t = lowest, r = lowest, b = lowest;
+  int64_t absent = 0;
+  present_ = 0;
+  const auto add = [&](Float xs, Float xa, Float xb, Mask exists) {
+    const Mask here = both(exists, finite(xs, xa, xb));
+    present_ += count(here);
+    absent += count(both(exists, both(equal(xs, lowest), both(equal(xa, lowest), equal(xb, lowest)))));
+    s = max(choose(here, xs, lowest), s), b = max(choose(here, xb, lowest), b);
+    t = max(choose(here, fma(splat(mix_), xb - xa, xa), lowest), t);
+    r = max(choose(here, args_.favored_from_student ? xs : xa, lowest), r);
+  };
+  for (int64_t i = 0; i < cut_.size; i += kStep) {
+    const Step x = load(i, cut_.size - i);
+    const MaskPair exists = first_entries<T>(cut_.size - i);
+    add(x.s.first, x.a.first, x.b.first, exists.first);
+    add(x.s.second, x.a.second, x.b.second, exists.second);
+  }
+  offsets_.max_s = largest_lane(s), offsets_.max_t = largest_lane(t);
+  offsets_.max_r = largest_lane(r), offsets_.max_b = largest_lane(b);
+  bad_ = present_ == 0 || present_ + absent < cut_.size;
+}
+
+// ---- pass 1
+
+template <class T>
+LossSums CompletionLossRow<T>::scan(int64_t segment, GroupMaxima& maxima) const {
+  if (careful_) return scan_with(masked_scan(), segment, maxima);
+  return plain_ ? scan_with(ordinary_scan<true>(), segment, maxima) : scan_with(ordinary_scan<false>(), segment, maxima);
+}
+
+template <class T>
+template <bool kPlain>
+LossScan<kPlain> CompletionLossRow<T>::ordinary_scan() const {
+  const float bits = float(kLog2E);
+  return {mix(), Exponential(scale_, offsets_.s), Exponential(scale_, offsets_.t), Exponential(bits, offsets_.r),
+          Exponential(bits, offsets_.b)};
+}
+
+template <class T>
+LossMaskedScan CompletionLossRow<T>::masked_scan() const {
+  const float bits = float(kLog2E);
+  return LossMaskedScan{mix(),
+                        Exponential(scale_, offsets_.s),
+                        Exponential(scale_, offsets_.t),
+                        Exponential(bits, offsets_.r),
+                        Exponential(bits, offsets_.b),
+                        splat(offsets_.max_s),
+                        splat(offsets_.max_t),
+                        splat(offsets_.max_r),
+                        splat(offsets_.max_b),
+                        floor(),
+                        careful_};
+}
+
+template <class T>
+template <class Scan>
+LossSums CompletionLossRow<T>::scan_with(const Scan& scan, int64_t segment, GroupMaxima& maxima) const {
+  LossLaneSums sums(cut_.block);
+  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
+    maxima.merge_block(begin, scan_block(scan, begin, sums));
+  }
+  return sums.total();
+}
+
+// Adds a block to the sums; returns the largest differences.
+template <class T>
+template <class Scan>
+Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneSums& sums) const {
+  const int64_t end = std::min(begin + cut_.block, cut_.size);
+  const T *const s = s_, *const a = a_, *const b = b_;
+  Float first = splat(-kInfinity), second = first;
+  LossAccumulators block;
+  block.clear();
+  int64_t i = begin;
+  for (; i + kStep <= end; i += kStep) {
+    prefetch_step(s + i), prefetch_step(a + i), prefetch_step(b + i);
+    const Pair xs = load_pair(s + i), xa = load_pair(a + i), xb = load_pair(b + i);
+    scan.add(xs.first, xa.first, xb.first, all_lanes(), block, first);
+    scan.add(xs.second, xa.second, xb.second, all_lanes(), block, second);
+  }
+  if (i < end) {
+    const Step x = load(i, end - i);
+    const MaskPair exists = first_entries<T>(end - i);
+    const LossMaskedScan rest = masked_scan();
+    rest.add(x.s.first, x.a.first, x.b.first, exists.first, block, first);
+    rest.add(x.s.second, x.a.second, x.b.second, exists.second, block, second);
+  }
+  sums.template add<Scan::kPlain>(block, begin);
+  return {first, second};
+}
+
+// ---- between the passes
+
+// The sums of s, t and the divergence of a block once more, nearly without rounding: the step that holds its largest
+// entry of s, and the one of t, in double. In float an exponential is off by 1e-7, and what a lane adds after an entry
+// that has most of the mass is rounded to that entry's last place; the divergence multiplies both by tau^2.
+template <class T>
+LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
+  const int64_t end = std::min(begin + cut_.block, cut_.size);
+  const int64_t step_s = peak_step(begin, false), step_t = peak_step(begin, true);
+  const LossMaskedScan scan = masked_scan();
+  LossAccumulators rest;
+  rest.clear();
+  LossSums exact;
+  Float ignored = splat(0);
+  for (int64_t i = begin; i < end; i += kStep) {
+    if (i == step_s || i == step_t) {
+      add_exactly(i, std::min(i + kStep, end), exact);
+      continue;
+    }
+    const Step x = load(i, end - i);
+    const MaskPair exists = first_entries<T>(end - i);
+    scan.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
+    scan.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
+  }
+  LossLaneSums rounded(cut_.block);
+  rounded.template add<false>(rest, begin);
+  exact += rounded.total();
+  return exact;
+}
+
+// The step of a block that has its largest entry of s, or of t.
+template <class T>
+int64_t CompletionLossRow<T>::peak_step(int64_t begin, bool teacher) const {
+  const int64_t end = std::min(begin + cut_.block, cut_.size);
+  Float largest = splat(-kInfinity);
+  for (int64_t i = begin; i < end; i += kStep) largest = max(largest_present(i, teacher), largest);
+  const Float peak = splat(largest_lane(largest));
+  int64_t step = begin;
+  while (step + kStep < end && count(equal(largest_present(step, teacher), peak)) == 0) step += kStep;
+  return step;
+}
+
+template <class T>
+DEEPALIGN_INLINE Float CompletionLossRow<T>::largest_present(int64_t i, bool teacher) const {
+  const Step x = load(i, cut_.size - i);
+  const MaskPair exists = first_entries<T>(cut_.size - i);
+  const Float lowest = splat(-kInfinity), mix = splat(mix_);
+  const Float first = teacher ? fma(mix, x.b.first - x.a.first, x.a.first) : x.s.first;
+  const Float second = teacher ? fma(mix, x.b.second - x.a.second, x.a.second) : x.s.second;
+  return max(choose(both(exists.first, finite(x.s.first, x.a.first, x.b.first)), first, lowest),
+             choose(both(exists.second, finite(x.s.second, x.a.second, x.b.second)), second, lowest));
+}
+
+template <class T>
+void CompletionLossRow<T>::add_exactly(int64_t begin, int64_t end, LossSums& sums) const {
+  for (int64_t i = begin; i < end; ++i) {
+    if (!finite_at(i)) continue;
+    const Entry x = entry(i);
+    const double p = std::exp2(double(scale_) * (x.s - offsets_.max_s) - offsets_.s);
+    const double q = std::exp2(double(scale_) * (x.t - offsets_.max_t) - offsets_.t);
+    sums.s += p, sums.t += q;
+    sums.divergence += args_.teacher_student ? q * (x.t - x.s) : p * (x.s - x.t);
+  }
+}
+
+// Puts the exact sums of the blocks that hold much of the mass in the place of the rounded ones.
+template <class T>
+LossSums CompletionLossRow<T>::refined(LossSums sums) const {
+  const auto refine = [&](int64_t begin) {
+    LossLaneSums rounded(cut_.block);
+    careful_ ? scan_block(masked_scan(), begin, rounded) : scan_block(ordinary_scan<false>(), begin, rounded);
+    const LossSums before = rounded.total(), after = scan_exactly(begin);
+    sums.s += after.s - before.s, sums.t += after.t - before.t;
+    sums.divergence += after.divergence - before.divergence;
+  };
+  const LossPeak s = sums.peak_s, t = sums.peak_t;
+  const bool refine_s = s.mass > sums.s / 64, refine_t = t.mass > sums.t / 64 && !(refine_s && t.begin == s.begin);
+  if (refine_s) refine(s.begin);
+  if (refine_t) refine(t.begin);
+  return sums;
+}
+
+template <class T>
+bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
+  const double tau = args_.temperature, scale = scale_, bits = float(kLog2E);
+  const LossSums sums = std::isfinite(rounded.divergence) ? refined(rounded) : rounded;
+  log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
+  const double log2_r = std::log2(sums.r) + offsets_.r, log2_b = std::log2(sums.b) + offsets_.b;
+  const double limit = Exponential::kMaxOffset;
+  const bool usable = std::abs(log2_s_) < limit && std::abs(log2_t_) < limit && std::abs(log2_r) < limit &&
+                      std::abs(log2_b) < limit && std::abs(sums.divergence) < double(kInfinity);
+  if (!usable && !careful_) return false;
+  // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0.
+  log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
+  threshold_ = float((log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r));
+  raw_kl_ = (args_.teacher_student ? sums.divergence / sums.t + log_ratio_ : sums.divergence / sums.s - log_ratio_) / tau;
+  mean_ = args_.centered_square ? sums.logits / double(present_) : 0.0;
+  if (args_.given) use_given();
+  return true;
+}
+
+template <class T>
+bool CompletionLossRow<T>::finite_at(int64_t i) const {
+  const float s = to_float(s_[i]), a = to_float(a_[i]), b = to_float(b_[i]);
+  return s - s == 0.0f && a - a == 0.0f && b - b == 0.0f;
+}
+
+// One entry's gradient without the penalty's part, from the logits.
+template <class T>
+typename CompletionLossRow<T>::Member CompletionLossRow<T>::member(int64_t index) const {
+  if (!emits()) return {index, to_float(s_[index]), 0.0f};
+  const double tau = args_.temperature;
+  const Entry x = entry(index);
+  const double p = std::exp2(double(scale_) * (x.s - offsets_.max_s) - log2_s_);
+  const double q = std::exp2(double(scale_) * (x.t - offsets_.max_t) - log2_t_);
+  const double change = args_.teacher_student ? p - q : p * ((x.s - x.t - log_ratio_) / tau - raw_kl_);
+  return {index, float(x.s), float(wd_ * tau * change)};
+}
+
+// The caller's selection: entries that are present, each once.
+template <class T>
+void CompletionLossRow<T>::use_given() {
+  const int64_t* given = args_.given + row_ * args_.top_k;
+  std::vector<int64_t> indices(given, given + args_.top_k);
+  std::sort(indices.begin(), indices.end());
+  indices.erase(std::unique(indices.begin(), indices.end()), indices.end());
+  members_.clear();
+  for (int64_t index : indices) {
+    if (index >= 0 && index < cut_.size && finite_at(index)) members_.push_back(member(index));
+  }
+}
+
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign

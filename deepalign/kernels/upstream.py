@@ -1,0 +1,90 @@
+"""What a backward does with gradients that the forward computed for an upstream gradient of 1.
+
+On a CPU the upstream gradient is looked at. Where it is 1 the saved gradient is handed on, else a scaled copy is made.
+
+A GPU is not waited for. A backward that does not keep its graph first takes from the graph what was saved; a gradient
+that nobody else refers to is then its own, and its rows are scaled where they lie, by a kernel that reads the factors
+and leaves alone what they say is to stay: no copy, and for 1 no traffic. Whatever a graph still holds, or somebody
+else, is copied, scaled. So what autograd has saved is never written to, and a captured graph needs neither look nor
+copy.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from deepalign.kernels.library import WHY_NO_TRITON
+
+
+def take_saved(ctx: Any) -> list[Tensor]:
+    """The tensors that a node has saved. If the graph is not kept it has none of them afterwards."""
+    saved = list(ctx.saved_tensors)
+    ctx.maybe_clear_saved_tensors()
+    return saved
+
+
+def times_upstream(saved: list[Tensor], place: int, upstream: Tensor, *, given_away: bool = False) -> Tensor:
+    """A saved gradient times the upstream gradient, in the saved one's dtype; the product is rounded once.
+
+    Args:
+        saved: what `take_saved` returned, nothing else referring to it. At `place` a gradient (..., V).
+        upstream: one number (), or one per row (...,).
+        given_away: whoever else refers to the gradient's memory does not use it any more.
+    """
+    known = type(upstream) in (Tensor, Parameter) and not torch.compiler.is_compiling()  # not traced
+    if known and is_not_waited_for(upstream):
+        if (given_away and not _graph_is_kept()) or is_alone(saved, place):
+            return _scale_rows_(saved[place], upstream)
+    elif known and _is_one(upstream):
+        # Autograd may adopt what it is given as a leaf's .grad and add the next gradient into it: a graph that will
+        # run again needs its own.
+        return saved[place].clone() if _graph_is_kept() else saved[place]
+    # As a matrix: a number may be rounded to the gradient's dtype before the product.
+    return torch.mul(saved[place], _per_row(saved[place], upstream), out=torch.empty_like(saved[place]))
+
+
+def is_not_waited_for(upstream: Tensor) -> bool:
+    """Whether to look at a tensor's values would wait for its device."""
+    return upstream.is_cuda
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward in progress keeps its graph; only this private call tells."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _owners(tensor: Tensor) -> tuple[int, int, int]:
+    """How many refer to a tensor, to its memory, and to the Python object of its memory."""
+    memory = tensor.untyped_storage()
+    owners = tensor._use_count()  # type: ignore[attr-defined]
+    return owners, torch._C._storage_Use_Count(memory._cdata), sys.getrefcount(memory)
+
+
+# The counts of a new tensor that only a list refers to.
+_NEW = [torch.empty(1)]
+_REFERENCES, _OWNERS = sys.getrefcount(_NEW[0]), _owners(_NEW[0])
+
+
+def is_alone(held: list[Tensor], place: int) -> bool:
+    """Whether a tensor, and its memory, is referred to by that list only: by no graph, hook, view or variable."""
+    return sys.getrefcount(held[place]) == _REFERENCES and _owners(held[place]) == _OWNERS
+
+
+def _is_one(upstream: Tensor) -> bool:
+    values = upstream.flatten()[:1] if not any(upstream.stride()) else upstream  # expanded from one number
+    return all(value == 1.0 for value in values.flatten().tolist())
+
+
+def _per_row(gradient: Tensor, upstream: Tensor) -> Tensor:
+    return upstream.expand(gradient.shape[:-1]).unsqueeze(-1)
+
+
+def _scale_rows_(gradient: Tensor, upstream: Tensor) -> Tensor:
+    if WHY_NO_TRITON is not None:
+        return gradient.mul_(_per_row(gradient, upstream))
+    from deepalign.kernels.scale_rows import scale_rows_
+
+    return scale_rows_(gradient, upstream.expand(gradient.shape[:-1]))

@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import deepalign
 from deepalign.data.contexts import Context
 from deepalign.data.files import write_text_atomic
 from deepalign.data.resumable import model_fingerprint
@@ -36,6 +34,7 @@ from deepalign.diagnose.tokens import TokenNames
 from deepalign.kernels.contrastive_sample import Space
 from deepalign.models import check_model_path, check_same_tokenizer, load_frozen_model, load_tokenizer, logits_width
 from deepalign.output_head import check_output_head
+from deepalign.versions import versions
 
 MOST_SERIES = 7  # styles of `deepalign/drawing.py`, less the base's
 CONTRASTIVE = "contrastive"  # the name of the series on the first aligned model
@@ -172,7 +171,7 @@ class _Run:
     def measure(self) -> dict[str, Any]:
         """All series on all groups; returns the report without its `data`."""
         base = self._load(self.base_path)
-        report: dict[str, Any] = {"series": {}, "settings": self._settings(), "versions": _versions()}
+        report: dict[str, Any] = {"series": {}, "settings": self._settings(), "versions": versions()}
         loaded: tuple[str, PreTrainedModel] | None = None
         for series in self.series:
             if loaded is None or loaded[0] != series.path:
@@ -278,12 +277,3 @@ def _check(aligned: Mapping[str, str], contexts: Mapping[str, Sequence[Context]]
                 f"the name {name!r} of an aligned model cannot be used; give letters, digits, '-', '_' and '.', and "
                 f"neither 'base' nor '{CONTRASTIVE}'"
             )
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "deepalign": deepalign.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "numpy": np.__version__,
-    }

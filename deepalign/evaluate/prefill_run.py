@@ -17,7 +17,6 @@ from deepalign.data.files import write_text_atomic
 from deepalign.data.resumable import Row
 from deepalign.evaluate.agreement import agreement_rows
 from deepalign.evaluate.answers import AnswerOptions, Question, Verdict, answer_questions, judge_answers
-from deepalign.evaluate.environment import versions
 from deepalign.evaluate.judges import make_judge
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import OUTCOMES, SCOPES, AttackExample
@@ -25,6 +24,7 @@ from deepalign.evaluate.plots import curve_styles, plot_attack_success
 from deepalign.evaluate.prefill import prefill_questions, prefill_results
 from deepalign.evaluate.statistics import format_rate, wilson_interval
 from deepalign.evaluate.subjects import LoadedSubject, Subject, load_subject
+from deepalign.versions import versions
 
 SCOPE_LABELS = {"continuation": "what the model wrote", "answer": "forced prefix and what the model wrote"}
 

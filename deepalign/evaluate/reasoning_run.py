@@ -10,7 +10,6 @@ from statistics import median
 
 from deepalign.data.files import write_text_atomic
 from deepalign.evaluate.answers import AnswerOptions
-from deepalign.evaluate.environment import versions
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import AttackExample
 from deepalign.evaluate.prefill_run import attacked
@@ -22,6 +21,7 @@ from deepalign.evaluate.reasoning import (
     write_records,
 )
 from deepalign.evaluate.subjects import Subject, load_subject
+from deepalign.versions import versions
 
 
 def run_reasoning(

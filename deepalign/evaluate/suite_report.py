@@ -13,12 +13,12 @@ from typing import Any
 
 from deepalign.data.files import write_text_atomic
 from deepalign.evaluate.bars import Bar, plot_bars
-from deepalign.evaluate.environment import versions
 from deepalign.evaluate.gcg import mean_and_sd
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.prefill_run import agreement_table
 from deepalign.evaluate.statistics import format_rate
 from deepalign.evaluate.tables import DEGENERATE, EXPERIMENTS, PREFILL, Cell, TableRow
+from deepalign.versions import versions
 
 # experiment -> seed -> rows
 Results = Mapping[str, Mapping[int, Sequence[TableRow]]]

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.data.files import write_text_atomic
-from deepalign.evaluate.environment import versions
 from deepalign.evaluate.families import Score
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.subjects import LoadedSubject, Subject, load_subject
+from deepalign.versions import versions
 
 TASKS: dict[str, tuple[str, ...]] = {
     "MMLU": ("mmlu",),

@@ -63,14 +63,15 @@ def _owners(tensor: Tensor) -> tuple[int, int, int]:
     return owners, torch._C._storage_Use_Count(memory._cdata), sys.getrefcount(memory)
 
 
-# The counts of a new tensor that only a list refers to.
+# The counts of a new tensor that only a list refers to. A torch without these private calls copies every time.
 _NEW = [torch.empty(1)]
-_REFERENCES, _OWNERS = sys.getrefcount(_NEW[0]), _owners(_NEW[0])
+_COUNTS = hasattr(_NEW[0], "_use_count") and hasattr(torch._C, "_storage_Use_Count")
+_REFERENCES, _OWNERS = sys.getrefcount(_NEW[0]), _owners(_NEW[0]) if _COUNTS else None
 
 
 def is_alone(held: list[Tensor], place: int) -> bool:
     """Whether a tensor, and its memory, is referred to by that list only: by no graph, hook, view or variable."""
-    return sys.getrefcount(held[place]) == _REFERENCES and _owners(held[place]) == _OWNERS
+    return _COUNTS and sys.getrefcount(held[place]) == _REFERENCES and _owners(held[place]) == _OWNERS
 
 
 def _is_one(upstream: Tensor) -> bool:

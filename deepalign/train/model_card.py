@@ -1,36 +1,17 @@
 """The model card that is written with every checkpoint: where the weights come from and how to use them."""
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
 import yaml
 
 from deepalign import __version__
 from deepalign.train.config import TrainConfig, config_as_dict
+from deepalign.versions import versions
 
 PAPER = "Rethinking Deep Alignment Through the Lens of Incomplete Safety Learning (Bach et al.)"
-
-
-def versions() -> dict[str, str]:
-    """Versions of what a result depends on."""
-    import accelerate
-    import deepspeed
-    import peft
-
-    packages = {
-        "torch": torch,
-        "transformers": transformers,
-        "accelerate": accelerate,
-        "deepspeed": deepspeed,
-        "peft": peft,
-    }
-    named = {name: str(package.__version__) for name, package in packages.items()}
-    return {"deepalign": __version__, "python": sys.version.split()[0], **named}
 
 
 def card_writer(

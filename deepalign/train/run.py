@@ -19,10 +19,10 @@ from pathlib import Path
 from deepalign.data.files import write_text_atomic
 from deepalign.train.checkpoints import METRICS_FILE, SUMMARY_FILE
 from deepalign.train.config import config_as_dict, load_config
-from deepalign.train.model_card import versions
 from deepalign.train.nonfinite import TrainingStopped
 from deepalign.train.prepare import Run, prepare
 from deepalign.train.preview import add_preview_arguments, preview
+from deepalign.versions import versions
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.contrastive_sample.triton_draw import finish_row
 from deepalign.kernels.contrastive_sample.triton_parts import leave_part, publish_part, row_threshold
 from deepalign.kernels.launch import ALL_REGISTERS, Launch, at_most_registers, launch_of, split_of_rows
+from deepalign.kernels.row_select import CONTRAST, CONTRAST_LOGPROBS
 
 MOST_PARTS = 16  # of a row: the last program reads what all have left
 LISTED = 4096  # entries that the parts of a row list together at most
@@ -68,6 +69,7 @@ def contrastive_sample(
     lists = not greedy and (few or top_p < 1 or min_p > 0)
     weighs = not greedy and not few and (top_p < 1 or min_p == 0)
     capacity = capacity if lists else 1
+    kind = (CONTRAST_LOGPROBS if log_space else CONTRAST).value
     block = launch.block
     tiles = -(-vocab_size // (block * split))  # of a part
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
@@ -82,7 +84,7 @@ def contrastive_sample(
         sample_kernel[(rows * split,)](
             aligned, base, uniforms, tokens, logprobs, words, words[words.numel() - rows - 1 :], index, value, facts[0],
             facts[1], counts[0], counts[1], aligned.stride(0), base.stride(0), vocab_size, tiles * block, alpha,
-            temperature, top_k, wanted, top_p, min_p, FIRST=first, SECOND=second, S=split, KIND=3 if log_space else 2,
+            temperature, top_k, wanted, top_p, min_p, FIRST=first, SECOND=second, S=split, KIND=kind,
             FEW=few, GREEDY=greedy, TOP_K=top_k > 0, TOP_P=top_p < 1, MIN_P=min_p > 0,
             LISTS=lists, WEIGHS=weighs, WAITS=first and second and split > 1, BLOCK=block,
             TILES=triton.next_power_of_2(tiles), LANES=lanes_at_once(block, tiles), CAPACITY=capacity,

@@ -19,7 +19,7 @@ def test_heights_are_rates_and_degenerate_answers_stand_on_top(tmp_path, figures
     axes = figures[0].axes[0]
     heights = [(patch.get_y(), patch.get_height()) for patch in axes.patches]
     assert heights == [pytest.approx(pair) for pair in ((0, 0.9), (0, 0.1), (0.9, 0.0), (0.1, 0.5))]
-    assert [text.get_text() for text in axes.texts] == ["9/10", "1/10"]
+    assert [text.get_text() for text in axes.texts] == ["9/10", "1/10 + 50%"]
     assert [text.get_text() for text in axes.get_legend().get_texts()] == ["harmful", "degenerate"]
     assert (tmp_path / "bars.png").stat().st_size > 0
 

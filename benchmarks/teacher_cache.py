@@ -21,7 +21,7 @@ from benchmarks.training_pair import PairSize, make_pair, write_config
 from deepalign.train import cache_cli, run
 
 EPOCHS = 10
-SIZE = PairSize(vocab=2048, hidden=256, layers=8, examples=16, prompt=48, answer=63, batch=8)
+SIZE = PairSize(vocab=2048, hidden=256, layers=8, examples=64, prompt=48, answer=63, batch=8)
 
 
 def in_a_process(command: str, config: Path) -> dict[str, float]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from deepalign.models import load_model
 from deepalign.train.config import LoraConfig, TrainConfig
+from deepalign.train.launch import join_deepspeed
 
 
 def load_student(config: TrainConfig, args: TrainingArguments, world_size: int) -> PreTrainedModel:
@@ -25,10 +26,8 @@ def load_student(config: TrainConfig, args: TrainingArguments, world_size: int) 
             "on all the data. Check that accelerate and deepspeed are the versions in constraints.txt"
         )
     if config.deepspeed is not None:
-        import deepspeed  # slow to import
-
         # ZeRO-3 partitions the student while it is loaded, and asks DeepSpeed's own group for the number of ranks
-        deepspeed.init_distributed(dist_backend=args.ddp_backend)
+        join_deepspeed(args.ddp_backend)
     # With DeepSpeed the optimizer holds the fp32 copy of bf16 weights; without, trained weights themselves are fp32.
     # Weights under an adapter are not trained.
     half = args.bf16 and (config.deepspeed or config.lora)

@@ -18,6 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from deepalign import CompletionLossConfig, fused_linear_completion_loss
+from deepalign.train.launch import join_deepspeed
 from tests.kernels.linear_helpers import Models, linear_models
 from tests.train import documented_fsdp
 
@@ -109,7 +110,7 @@ def refusals() -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    deepspeed.init_distributed(dist_backend="gloo")
+    join_deepspeed("gloo")
     torch.set_num_threads(1)
     out = Path(next(word for word in sys.argv[1:] if word.endswith(".pt")))
     found = {}

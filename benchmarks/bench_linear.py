@@ -12,7 +12,7 @@ from deepalign.kernels.library import cpu_isa
 OPERATION = "linear_completion_loss"
 
 
-@pytest.mark.parametrize("case", [FROZEN, TRAINED], ids=str)
+@pytest.mark.parametrize("case", [FROZEN, pytest.param(TRAINED, marks=pytest.mark.full)], ids=str)
 def test_linear_completion_loss(benchmark: BenchmarkFixture, case: LinearCase) -> None:
     case = sized(case)
     contestants = LinearContestants(case)

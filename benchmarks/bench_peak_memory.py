@@ -13,9 +13,11 @@ from benchmarks.contestants import MODES, runnable
 PEERS = ("eager", "eager_tuned", "compile", "compile_tuned")
 CONTESTANTS = [(name, mode) for name in runnable("completion_loss", "cpu") for mode in MODES]
 CONTESTANTS += [(name, mode) for name in PEERS for mode in MODES[:2]]
+HEADLINE = [("cpu", mode) for mode in MODES] + [(name, "forward_backward") for name in ("eager", "compile")]
+CHOSEN = [pytest.param(*each, marks=() if each in HEADLINE else pytest.mark.full) for each in CONTESTANTS]
 
 
-@pytest.mark.parametrize(("contestant", "mode"), CONTESTANTS)
+@pytest.mark.parametrize(("contestant", "mode"), CHOSEN)
 @pytest.mark.parametrize("case", MEMORY_CASES, ids=str)
 def test_peak_memory(benchmark: BenchmarkFixture, case: Case, contestant: str, mode: str) -> None:
     case = sized(case)

@@ -26,6 +26,7 @@ def compare_answers(benchmark: BenchmarkFixture, case: Case, implementation: str
         benchmark.extra_info["tokens_per_s"] = 1e9 / benchmark.extra_info["ns_per_element"]
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("implementation", FUSED)
 @pytest.mark.parametrize("case", SAMPLING_CASES, ids=str)
@@ -33,6 +34,7 @@ def test_sampling_generate(benchmark: BenchmarkFixture, case: Case, implementati
     compare_answers(benchmark, sized(case), implementation, draw)
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("implementation", FUSED)
 @pytest.mark.parametrize("case", SAMPLING_CASES, ids=str)

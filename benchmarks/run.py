@@ -101,13 +101,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=None, help="default 1, and 2 in the full suite")
     parser.add_argument("--isa", nargs="+", choices=INSTRUCTION_SETS, help="default: the best, all in the full suite")
-    parser.add_argument("--seconds", type=float, default=3.0, help="time per row, warm-up not counted (default 3)")
+    parser.add_argument("--seconds", type=float, help="time per row, warm-up not counted (default 1, full 3)")
     parser.add_argument("--select", default="", help="pytest's -k: which benchmarks to run")
     parser.add_argument("--full", action="store_true", help="every case and mode, not only the headline ones")
     parser.add_argument("--quick", action="store_true", help="tiny cases: does everything run?")
     parser.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu.json", help="default benchmarks/results/cpu.json")
     options = parser.parse_args(arguments)
+    seconds = options.seconds or (3.0 if options.full else 1.0)
     if not (isas := [isa for isa in options.isa or INSTRUCTION_SETS if runs_here(isa)]):
         print(f"== none of {', '.join(options.isa or INSTRUCTION_SETS)} can run here: without native kernels")
     if not (options.isa or options.full):
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for leg in legs(isas, options.threads or ([1, 2] if options.full else [1])):
         print(f"== {leg}", flush=True)
         memory = not played and not options.no_memory
-        played.append(play(leg, options.seconds, options.quick, options.select, memory, options.full))
+        played.append(play(leg, seconds, options.quick, options.select, memory, options.full))
     parts = [part for part in played if part is not None]
     if not parts:
         parser.error(f"--select {options.select!r} matches no benchmark")

@@ -62,7 +62,7 @@ int64_t CompletionLossRow<T>::emit_as(int64_t segment, Candidates& candidates) c
       g.first = choose(finite(x.s.first, x.a.first, x.b.first), g.first, zero);
       g.second = choose(finite(x.s.second, x.a.second, x.b.second), g.second, zero);
     }
-    __builtin_prefetch(gradient_ + i + 1024, 1);  // a line that is written is read first
+    prefetch_step<true>(gradient_ + i);
     store_step(gradient_ + i, g, n);
     favored += count(both({greater(d.first, threshold), greater(d.second, threshold)}, exists));
     const MaskPair chosen = both({greater_equal(d.first, bound), greater_equal(d.second, bound)}, exists);

@@ -45,7 +45,17 @@ def native(torch: Path) -> Extension:
         library_dirs=[str(torch / "lib")],
         libraries=["torch_cpu"],
         # No contraction: a - b must be 0 where a == b, and results must not depend on what a compiler fuses.
-        extra_compile_args=["-std=c++17", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-g0", *extra_flags],
+        # Instructions in the order of the source: csrc/cpu/vec_pair.h.
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-ffp-contract=off",
+            "-fno-tree-ter",
+            "-fno-schedule-insns2",
+            "-fvisibility=hidden",
+            "-g0",
+            *extra_flags,
+        ],
         extra_link_args=extra_flags,
         define_macros=[("TORCH_TARGET_VERSION", TORCH_2_11)],
         py_limited_api=True,

@@ -18,9 +18,9 @@ int64_t CompletionLossRow<T>::collect(int64_t segment, Candidates& candidates) c
   // d is NaN where entries are absent, and no comparison holds; beyond the end it is 0.
   const auto step = [&](int64_t i, int64_t n, MaskPair exists) __attribute__((always_inline)) {
     const Pair xr = load_step(r + i, n), xb = load_step(b + i, n);
-    const Pair d{xb.first - xr.first, xb.second - xr.second};
-    favored += count(both({greater(d.first, threshold), greater(d.second, threshold)}, exists));
-    const MaskPair chosen = both({greater_equal(d.first, bound), greater_equal(d.second, bound)}, exists);
+    const Pair d = xb - xr;
+    favored += count(both(greater(d, threshold), exists));
+    const MaskPair chosen = both(greater_equal(d, bound), exists);
     if (any(chosen)) {
       candidates.add<T>(i, chosen, d, d, d);
       bound = splat(candidates.bound());
@@ -42,12 +42,13 @@ template <class T>
 template <bool kPlain>
 int64_t CompletionLossRow<T>::emit_as(int64_t segment, Candidates& candidates) const {
   const double tau = args_.temperature, shift_s = std::ceil(log2_s_), shift_t = std::ceil(log2_t_);
-  const LossEmit<kPlain> emit{mix(),
-                              Exponential(scale_, int(shift_s), float(std::exp2(shift_s - log2_s_))),
-                              Exponential(scale_, int(shift_t), float(std::exp2(shift_t - log2_t_))),
-                              splat(wd_), splat(float(wd_ * (-log_ratio_ - tau * raw_kl_))),
-                              splat(float(wd_ * tau)), splat(float(shift_)),
-                              splat(offsets_.max_s), splat(offsets_.max_t), floor()};
+  using Emit = LossEmit<T, kPlain>;
+  const Emit emit{mix(),
+                  typename Emit::Exp(scale_, int(shift_s), float(std::exp2(shift_s - log2_s_))),
+                  typename Emit::Exp(scale_, int(shift_t), float(std::exp2(shift_t - log2_t_))),
+                  splat(wd_), splat(float(wd_ * (-log_ratio_ - tau * raw_kl_))),
+                  splat(float(wd_ * tau)), splat(float(shift_)),
+                  splat(offsets_.max_s), splat(offsets_.max_t), floor()};
   const Float threshold = splat(threshold_);
   const bool from_student = !kPlain && args_.favored_from_student;
   Float bound = splat(candidates.bound());
@@ -55,17 +56,13 @@ int64_t CompletionLossRow<T>::emit_as(int64_t segment, Candidates& candidates) c
   const auto step = [&](int64_t i, int64_t n, MaskPair exists) __attribute__((always_inline)) {
     const Step x = load(i, n);
     const Pair& r = from_student ? x.s : x.a;
-    const Pair d{x.b.first - r.first, x.b.second - r.second};
-    Pair g{emit.gradient(x.s.first, x.a.first, x.b.first), emit.gradient(x.s.second, x.a.second, x.b.second)};
-    if (!kPlain && careful_) {
-      const Float zero = splat(0);
-      g.first = choose(finite(x.s.first, x.a.first, x.b.first), g.first, zero);
-      g.second = choose(finite(x.s.second, x.a.second, x.b.second), g.second, zero);
-    }
+    const Pair d = x.b - r;
+    Pair g = emit.gradient(x.s, x.a, x.b);
+    if (!kPlain && careful_) g = choose(finite(x.s, x.a, x.b), g, splat(0));
     prefetch_step<true>(gradient_ + i);
     store_step(gradient_ + i, g, n);
-    favored += count(both({greater(d.first, threshold), greater(d.second, threshold)}, exists));
-    const MaskPair chosen = both({greater_equal(d.first, bound), greater_equal(d.second, bound)}, exists);
+    favored += count(both(greater(d, threshold), exists));
+    const MaskPair chosen = both(greater_equal(d, bound), exists);
     if (any(chosen)) {
       candidates.add<T>(i, chosen, d, x.s, g);
       bound = splat(candidates.bound());

@@ -58,31 +58,32 @@ struct LossAccumulators {
   void clear() { s = t = r = b = divergence = logits = splat(0); }
 };
 
-// Pass 1 over one half of a step. kPlain fixes the default options, so that their loop holds no choice.
+// Pass 1 over a step. kPlain fixes the default options, so that their loop holds no choice.
 template <bool kIsPlain>
 struct LossScan {
   static constexpr bool kPlain = kIsPlain;
   LossMix mix;
-  Exponential exp_s, exp_t, exp_r, exp_b;
+  Exponential exp_s, exp_t;
+  CoarseExponential exp_r, exp_b;
 
-  DEEPALIGN_INLINE void add(Float xs, Float xa, Float xb, Mask, LossAccumulators& sums, Float& largest) const {
-    Float d = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
-    const Float xt = fma(mix.base, d, xa);
-    Float xr = xa;
+  DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, LossAccumulators& sums, Pair& largest) const {
+    Pair d = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
+    const Pair xt = fma(mix.base, d, xa);
+    Pair xr = xa;
     if (!kPlain && mix.from_student) xr = xs, d = xb - xs;
+    largest = max(d, largest);
     sums.r = exp_r.add_to(sums.r, xr);
     sums.b = exp_b.add_to(sums.b, xb);
     if (kPlain || !mix.teacher_student) {
       sums.t = exp_t.add_to(sums.t, xt);
-      const Float p = exp_s.value_and_add(xs, sums.s);
-      sums.divergence = fma(p, xs - xt, sums.divergence);
+      const Pair p = exp_s.value_and_add(xs, sums.s);
+      sums.divergence = add_products(sums.divergence, p, xs - xt);
     } else {
       sums.s = exp_s.add_to(sums.s, xs);
-      const Float q = exp_t.value_and_add(xt, sums.t);
-      sums.divergence = fma(q, xt - xs, sums.divergence);
+      const Pair q = exp_t.value_and_add(xt, sums.t);
+      sums.divergence = add_products(sums.divergence, q, xt - xs);
     }
-    if (!kPlain) sums.logits = sums.logits + xs;
-    largest = max(d, largest);
+    if (!kPlain) sums.logits = add_both(sums.logits, xs);
   }
 };
 
@@ -91,25 +92,26 @@ struct LossScan {
 struct LossMaskedScan {
   static constexpr bool kPlain = false;
   LossMix mix;
-  Exponential exp_s, exp_t, exp_r, exp_b;
+  Exponential exp_s, exp_t;
+  CoarseExponential exp_r, exp_b;
   Float max_s, max_t, max_r, max_b;
   Float floor;  // far below every maximum: its exponential is 0
   bool careful;
   // NaN stays NaN; an ordinary row's entries go as they are, so that one out of range shows.
-  DEEPALIGN_INLINE Float relative(Float x, Float largest) const { return careful ? max(floor, x - largest) : x; }
+  DEEPALIGN_INLINE Pair relative(Pair x, Float largest) const { return careful ? max(floor, x - largest) : x; }
 
-  DEEPALIGN_INLINE void add(Float xs, Float xa, Float xb, Mask mask, LossAccumulators& sums, Float& largest) const {
+  DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums, Pair& largest) const {
     const Float zero = splat(0);
     if (careful) mask = both(mask, finite(xs, xa, xb));
     xs = choose(mask, xs, zero), xa = choose(mask, xa, zero), xb = choose(mask, xb, zero);
-    const Float xt = fma(mix.base, xb - xa, xa), xr = mix.from_student ? xs : xa;
-    sums.r = sums.r + choose(mask, exp_r(relative(xr, max_r)), zero);
-    sums.b = sums.b + choose(mask, exp_b(relative(xb, max_b)), zero);
-    const Float p = choose(mask, exp_s(relative(xs, max_s)), zero);
-    const Float q = choose(mask, exp_t(relative(xt, max_t)), zero);
-    sums.s = sums.s + p, sums.t = sums.t + q;
-    sums.divergence = mix.teacher_student ? fma(q, xt - xs, sums.divergence) : fma(p, xs - xt, sums.divergence);
-    sums.logits = sums.logits + xs;
+    const Pair xt = fma(mix.base, xb - xa, xa), xr = mix.from_student ? xs : xa;
+    sums.r = add_both(sums.r, choose(mask, exp_r(relative(xr, max_r)), zero));
+    sums.b = add_both(sums.b, choose(mask, exp_b(relative(xb, max_b)), zero));
+    const Pair p = choose(mask, exp_s(relative(xs, max_s)), zero);
+    const Pair q = choose(mask, exp_t(relative(xt, max_t)), zero);
+    sums.s = add_both(sums.s, p), sums.t = add_both(sums.t, q);
+    sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, xt - xs) : add_products(sums.divergence, p, xs - xt);
+    sums.logits = add_both(sums.logits, xs);
     largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
   }
 };
@@ -153,19 +155,20 @@ struct LossLaneSums {
   }
 };
 
-// Pass 2 over one half of a step: the gradient without the penalty's part.
-template <bool kPlain>
+// Pass 2 over a step: the gradient without the penalty's part, for logits of type T.
+template <class T, bool kPlain>
 struct LossEmit {
+  using Exp = std::conditional_t<sizeof(T) == 2, CoarseExponential, Exponential>;
   LossMix mix;
-  Exponential exp_s, exp_t;  // normalised: p and q
+  Exp exp_s, exp_t;          // normalised: p and q
   Float scale, constant;     // wD tau (log p - log q - KL) = scale (s - t) + constant;  scale is wD
   Float weight, shift;       // wD tau;  the part of "centered_square" that every entry has
   Float max_s, max_t, floor;
 
-  DEEPALIGN_INLINE Float gradient(Float xs, Float xa, Float xb) const {
-    const Float xt = fma(mix.base, xb - xa, xa);
+  DEEPALIGN_INLINE Pair gradient(Pair xs, Pair xa, Pair xb) const {
+    const Pair xt = fma(mix.base, xb - xa, xa);
     if (kPlain) return exp_s(xs) * fma(xs - xt, scale, constant);
-    const Float p = exp_s(max(floor, xs - max_s));
+    const Pair p = exp_s(max(floor, xs - max_s));
     if (!mix.teacher_student) return fma(p, fma(xs - xt, scale, constant), shift);
     return fma(p - exp_t(max(floor, xt - max_t)), weight, shift);
   }

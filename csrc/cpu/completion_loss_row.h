@@ -42,6 +42,14 @@ class CompletionLossRow {
   void guess_offsets();
   template <class Scan>
   LossSums scan_with(const Scan& scan, int64_t segment, GroupMaxima& maxima) const;
+  template <bool kPlain>
+  DEEPALIGN_INLINE static void scan_step(const LossScan<kPlain>& scan, Step x, MaskPair, LossAccumulators& sums, Pair& largest) {
+    scan.add(x.s, x.a, x.b, sums, largest);
+  }
+  DEEPALIGN_INLINE static void scan_step(
+      const LossMaskedScan& scan, Step x, MaskPair exists, LossAccumulators& sums, Pair& largest) {
+    scan.add(x.s, x.a, x.b, exists, sums, largest);
+  }
   template <class Scan>
   Pair scan_block(const Scan& scan, int64_t begin, LossLaneSums& sums) const;
   template <bool kPlain>
@@ -146,8 +154,8 @@ template <class T>
 template <bool kPlain>
 LossScan<kPlain> CompletionLossRow<T>::ordinary_scan() const {
   const float bits = float(kLog2E);
-  return {mix(), Exponential(scale_, offsets_.s), Exponential(scale_, offsets_.t), Exponential(bits, offsets_.r),
-          Exponential(bits, offsets_.b)};
+  return {mix(), Exponential(scale_, offsets_.s), Exponential(scale_, offsets_.t), CoarseExponential(bits, offsets_.r),
+          CoarseExponential(bits, offsets_.b)};
 }
 
 template <class T>
@@ -156,8 +164,8 @@ LossMaskedScan CompletionLossRow<T>::masked_scan() const {
   return LossMaskedScan{mix(),
                         Exponential(scale_, offsets_.s),
                         Exponential(scale_, offsets_.t),
-                        Exponential(bits, offsets_.r),
-                        Exponential(bits, offsets_.b),
+                        CoarseExponential(bits, offsets_.r),
+                        CoarseExponential(bits, offsets_.b),
                         splat(offsets_.max_s),
                         splat(offsets_.max_t),
                         splat(offsets_.max_r),
@@ -182,25 +190,17 @@ template <class Scan>
 Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneSums& sums) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
   const T *const s = s_, *const a = a_, *const b = b_;
-  Float first = splat(-kInfinity), second = first;
+  Pair largest = twice(splat(-kInfinity));
   LossAccumulators block;
   block.clear();
   int64_t i = begin;
   for (; i + kStep <= end; i += kStep) {
     prefetch_step(s + i), prefetch_step(a + i), prefetch_step(b + i);
-    const Pair xs = load_pair(s + i), xa = load_pair(a + i), xb = load_pair(b + i);
-    scan.add(xs.first, xa.first, xb.first, all_lanes(), block, first);
-    scan.add(xs.second, xa.second, xb.second, all_lanes(), block, second);
+    scan_step(scan, {load_pair(s + i), load_pair(a + i), load_pair(b + i)}, {all_lanes(), all_lanes()}, block, largest);
   }
-  if (i < end) {
-    const Step x = load(i, end - i);
-    const MaskPair exists = first_entries<T>(end - i);
-    const LossMaskedScan rest = masked_scan();
-    rest.add(x.s.first, x.a.first, x.b.first, exists.first, block, first);
-    rest.add(x.s.second, x.a.second, x.b.second, exists.second, block, second);
-  }
+  if (i < end) scan_step(masked_scan(), load(i, end - i), first_entries<T>(end - i), block, largest);
   sums.template add<Scan::kPlain>(block, begin);
-  return {first, second};
+  return largest;
 }
 
 // ---- between the passes
@@ -216,16 +216,13 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   LossAccumulators rest;
   rest.clear();
   LossSums exact;
-  Float ignored = splat(0);
+  Pair ignored = twice(splat(0));
   for (int64_t i = begin; i < end; i += kStep) {
     if (i == step_s || i == step_t) {
       add_exactly(i, std::min(i + kStep, end), exact);
       continue;
     }
-    const Step x = load(i, end - i);
-    const MaskPair exists = first_entries<T>(end - i);
-    scan.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
-    scan.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
+    scan_step(scan, load(i, end - i), first_entries<T>(end - i), rest, ignored);
   }
   LossLaneSums rounded(cut_.block);
   rounded.template add<false>(rest, begin);

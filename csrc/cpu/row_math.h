@@ -73,8 +73,9 @@ DEEPALIGN_INLINE void prefetch_step(const T* at) {
 
 // Lanes in which every value is neither infinite nor NaN.
 DEEPALIGN_INLINE Mask finite(Float x) { return equal(x - x, splat(0)); }
-template <class... Floats>
-DEEPALIGN_INLINE Mask finite(Float x, Floats... rest) {
+DEEPALIGN_INLINE MaskPair finite(Pair x) { return {finite(x.first), finite(x.second)}; }
+template <class V, class... Vs>
+DEEPALIGN_INLINE auto finite(V x, Vs... rest) {
   return both(finite(x), finite(rest...));
 }
 

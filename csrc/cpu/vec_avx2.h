@@ -28,6 +28,7 @@ DEEPALIGN_INLINE Float splat(float x) { return _mm256_set1_ps(x); }
 DEEPALIGN_INLINE Float load(const float* from) { return _mm256_loadu_ps(from); }
 DEEPALIGN_INLINE void store(float* to, Float x) { _mm256_storeu_ps(to, x); }
 DEEPALIGN_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
+DEEPALIGN_INLINE Float fms(Float a, Float b, Float c) { return _mm256_fmsub_ps(a, b, c); }
 DEEPALIGN_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }  // b where either is NaN
 DEEPALIGN_INLINE Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
 
@@ -38,7 +39,6 @@ DEEPALIGN_INLINE Mask greater(Float a, Float b) { return _mm256_cmp_ps(a, b, _CM
 DEEPALIGN_INLINE Mask greater_equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_GE_OQ); }
 DEEPALIGN_INLINE Mask equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 DEEPALIGN_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
-DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b.first), both(a.second, b.second)}; }
 DEEPALIGN_INLINE Mask all_lanes() { return _mm256_castsi256_ps(_mm256_set1_epi32(-1)); }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) {
   const int existing = n >= kLanes ? kLanes : n <= 0 ? 0 : int(n);
@@ -127,7 +127,16 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
 }
 
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign
+
+#include "vec_pair.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
 // factor * 2^(scale x - offset), scale > 0: a table of 8 entries times a polynomial of degree 3, relative error 1.5e-7.
+// V is Float or Pair.
 //
 // z = scale x rounded to a multiple of 1/8 (added to a number whose last place is 1/8, from which the offset, being
 // whole, is subtracted without rounding), f = scale x - z in [-1/16, 1/16] without rounding, 2^(scale x - offset) =
@@ -158,12 +167,18 @@ class Exponential {
     table_ = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(lane_indices(), 20)));
   }
 
-  DEEPALIGN_INLINE Float operator()(Float x) const { return value(split(x)); }
-  DEEPALIGN_INLINE Float add_to(Float sum, Float x) const { return added(sum, split(x)); }
+  template <class V>
+  DEEPALIGN_INLINE V operator()(V x) const {
+    return value(split(x));
+  }
+  template <class V>
+  DEEPALIGN_INLINE Float add_to(Float sum, V x) const {
+    return added(sum, split(x));
+  }
 
-  // The value, added to the sum as add_to does: equal models have equal sums.
-  DEEPALIGN_INLINE Float value_and_add(Float x, Float& sum) const {
-    const Parts parts = split(x);
+  // The values, added to the sum as add_to does: equal models have equal sums.
+  DEEPALIGN_INLINE Pair value_and_add(Pair x, Float& sum) const {
+    const Parts<Pair> parts = split(x);
     sum = added(sum, parts);
     return value(parts);
   }
@@ -186,31 +201,42 @@ class Exponential {
       kConstant * 1.6817928305074292,
       kConstant * 1.8340080864093424};
 
+  template <class V>
   struct Parts {
-    Float entry, f, slope;  // of the table, its exponent adjusted; (P(f) - 1) / f
+    V entry, f, slope;  // of the table, its exponent adjusted; (P(f) - 1) / f
   };
 
   // entry + entry (P(f) - 1) rounds less than entry P(f).
-  DEEPALIGN_INLINE static Float value(Parts x) {
-    return _mm256_fmadd_ps(x.entry, _mm256_mul_ps(x.f, x.slope), _mm256_mul_ps(x.entry, splat(kUnit)));
+  template <class V>
+  DEEPALIGN_INLINE static V value(Parts<V> x) {
+    return fma(x.entry, x.f * x.slope, x.entry * splat(kUnit));
   }
-  DEEPALIGN_INLINE static Float added(Float sum, Parts x) {
-    return _mm256_fmadd_ps(x.entry, _mm256_fmadd_ps(x.f, x.slope, splat(kUnit)), sum);
+  DEEPALIGN_INLINE static Float added(Float sum, Parts<Float> x) {
+    return fma(x.entry, fma(x.f, x.slope, splat(kUnit)), sum);
+  }
+  DEEPALIGN_INLINE static Float added(Float sum, Parts<Pair> x) {
+    return add_products(sum, x.entry, fma(x.f, x.slope, splat(kUnit)));
   }
 
-  DEEPALIGN_INLINE Parts split(Float x) const {
-    x = _mm256_min_ps(highest_, _mm256_max_ps(lowest_, x));  // in this order of operands NaN stays
-    const Float shifted = _mm256_fmadd_ps(x, scale_, magic_);
-    const Float f = _mm256_fmsub_ps(x, scale_, _mm256_sub_ps(shifted, magic_));
+  template <class V>
+  DEEPALIGN_INLINE Parts<V> split(V x) const {
+    x = min(highest_, max(lowest_, x));  // in this order of operands NaN stays
+    const V shifted = fma(x, scale_, magic_);
+    const V f = fms(x, scale_, shifted - magic_);
+    return {entry(shifted), f, fma(f, fma(f, splat(k3), splat(k2)), splat(k1))};
+  }
+
+  DEEPALIGN_INLINE Float entry(Float shifted) const {
     const __m256i bits = _mm256_castps_si256(shifted);
     const __m256i entry = _mm256_castps_si256(_mm256_permutevar8x32_ps(table_, bits));
-    return {
-        _mm256_castsi256_ps(_mm256_add_epi32(entry, _mm256_slli_epi32(bits, 20))), f,
-        _mm256_fmadd_ps(f, _mm256_fmadd_ps(f, splat(k3), splat(k2)), splat(k1))};
+    return _mm256_castsi256_ps(_mm256_add_epi32(entry, _mm256_slli_epi32(bits, 20)));
   }
+  DEEPALIGN_INLINE Pair entry(Pair shifted) const { return {entry(shifted.first), entry(shifted.second)}; }
 
   Float scale_, magic_, lowest_, highest_, table_;
 };
+
+using CoarseExponential = Exponential;  // nothing is saved by less than this
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign

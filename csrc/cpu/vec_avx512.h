@@ -27,6 +27,7 @@ DEEPALIGN_INLINE Float splat(float x) { return _mm512_set1_ps(x); }
 DEEPALIGN_INLINE Float load(const float* from) { return _mm512_loadu_ps(from); }
 DEEPALIGN_INLINE void store(float* to, Float x) { _mm512_storeu_ps(to, x); }
 DEEPALIGN_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+DEEPALIGN_INLINE Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }
 DEEPALIGN_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 DEEPALIGN_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
 
@@ -34,14 +35,13 @@ DEEPALIGN_INLINE Mask greater(Float a, Float b) { return _mm512_cmp_ps_mask(a, b
 DEEPALIGN_INLINE Mask greater_equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
 DEEPALIGN_INLINE Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 DEEPALIGN_INLINE Mask both(Mask a, Mask b) { return Mask(a & b); }
-DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b.first), both(a.second, b.second)}; }
 DEEPALIGN_INLINE Mask all_lanes() { return Mask(0xffff); }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1u); }
-DEEPALIGN_INLINE bool any(MaskPair mask) { return (mask.first | mask.second) != 0; }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(mask); }
-DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(uint32_t(mask.second) << 16 | mask.first); }
 DEEPALIGN_INLINE float largest_lane(Float x) { return _mm512_reduce_max_ps(x); }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm512_mask_mov_ps(b, mask, a); }
+DEEPALIGN_INLINE bool any(MaskPair mask) { return (mask.first | mask.second) != 0; }
+DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(uint32_t(mask.second) << 16 | mask.first); }
 
 // Entries of two steps' worth of one model, and back.
 DEEPALIGN_INLINE Pair load_pair(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)}; }
@@ -108,62 +108,97 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
 }
 
-// factor * 2^(scale x - offset): a table of 32 entries times a polynomial of degree 2, relative error 1e-7.
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign
+
+#include "vec_pair.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+// factor * 2^(scale x - offset): a table of 16 values times a polynomial of degree 2 or 3. V is Float or Pair.
 //
-// z = scale x rounded down to a multiple of 1/32 (added to a number whose last place is 1/32), f = scale x - z in
-// [0, 1/32) without rounding, 2^(scale x) = 2^floor(z) * table[32 z mod 32] * P(f). P is monic: its leading coefficient
-// is in the table, as are 2^-offset and the factor, which therefore cost nothing. vscalef takes floor itself, gives 0
-// and infinity at the ends and passes NaN on. Right for |scale x| < 2^17; below that it gives 0.
-class Exponential {
+// z = scale x to the nearest multiple of 1/16 (added to a number whose last place that is), f = scale x - z without
+// rounding, 2^(scale x) = 2^floor(z) * table[16 z mod 16] * P(f). Taylor's polynomials of 2^f all have their centre
+// -1 / log 2: written from there they lose a term, and with it an instruction. So P(f) = kLeading (g^2 + kRest), or
+// kLeading ((g^2 + kRest) g + kConstant), g = f + 23/16, near enough to 1 / log 2 and a multiple of 1/16: it is subtracted
+// with z and costs nothing. Neither do 2^-offset, the factor and kLeading, which are in the table. vscalef takes floor
+// itself, gives 0 and infinity at the ends and passes NaN on. Right for |scale x| < 2^17; below that it gives 0.
+//
+// A table of 32, in two registers, would do with degree 2; but its lookup reads three operands, and on Zen 4 such a one
+// takes a multiply-add's turn.
+template <int kDegree>
+class TableExponential {
  public:
   static constexpr int kMaxOffset = 100;  // 2^-offset is in a float's range, with room for the factor
 
-  Exponential(float scale, int offset, float factor = 1.0f) : scale_(splat(scale)) {
+  TableExponential(float scale, int offset, float factor = 1.0f) : scale_(splat(scale)) {
     const double common = double(factor) * double(bit_cast<float>(uint32_t(127 - offset) << 23)) * kLeading;
-    alignas(64) float table[32];
-    for (int i = 0; i < 32; ++i) table[i] = float(kExp2Table[i] * common);
-    low_ = _mm512_load_ps(table);
-    high_ = _mm512_load_ps(table + 16);
+    alignas(64) float table[16];
+    for (int i = 0; i < 16; ++i) {
+      const double lacking = i < kCentre - 16 ? 4.0 : 2.0;  // z is short of the centre by 23/16: what its floor lacks
+      table[i] = float(kExp2Table[2 * i] * common * lacking);
+    }
+    table_ = _mm512_load_ps(table);
   }
 
-  DEEPALIGN_INLINE Float operator()(Float x) const {
-    const Parts parts = split(x);
-    return _mm512_mul_ps(parts.scaled, parts.polynomial);
+  template <class V>
+  DEEPALIGN_INLINE V operator()(V x) const {
+    const Parts<V> parts = split(x);
+    return parts.entry * parts.polynomial;
   }
 
   DEEPALIGN_INLINE Float add_to(Float sum, Float x) const {
-    const Parts parts = split(x);
-    return _mm512_fmadd_ps(parts.scaled, parts.polynomial, sum);
+    const Parts<Float> parts = split(x);
+    return fma(parts.entry, parts.polynomial, sum);
+  }
+  DEEPALIGN_INLINE Float add_to(Float sum, Pair x) const {
+    const Parts<Pair> parts = split(x);
+    return add_products(sum, parts.entry, parts.polynomial);
   }
 
-  // The value, added to the sum as add_to does: equal models have equal sums.
-  DEEPALIGN_INLINE Float value_and_add(Float x, Float& sum) const {
-    const Parts parts = split(x);
-    sum = _mm512_fmadd_ps(parts.scaled, parts.polynomial, sum);
-    return _mm512_mul_ps(parts.scaled, parts.polynomial);
+  // The values, added to the sum as add_to does: equal models have equal sums.
+  DEEPALIGN_INLINE Pair value_and_add(Pair x, Float& sum) const {
+    const Parts<Pair> parts = split(x);
+    sum = add_products(sum, parts.entry, parts.polynomial);
+    return parts.entry * parts.polynomial;
   }
 
  private:
-  // Minimax 2^f on [0, 1/32], 5.3e-8: kLeading (f (f + kLinear) + kConstant), the first fitted to the others' rounding.
-  static constexpr float kLinear = 2.854203541284429f, kConstant = 4.117927410559087f;
-  static constexpr double kLeading = 1.0000000529325517 / double(kConstant);
+  static constexpr int kCentre = 23;
+  static constexpr float kMagic = 0x1.8p19f;
+  // Minimax on [-1/32, 1/32], free of error in the mean: 6.8e-7 and 2.2e-9.
+  static constexpr float kRest = kDegree == 2 ? 2.08103442f : 6.24343777f, kConstant = 6.00556135f;
+  static constexpr double kLeading = kDegree == 2 ? 0.24111248278877206 : 0.05570732037184028;
 
+  template <class V>
   struct Parts {
-    Float scaled, polynomial;
+    V entry, polynomial;  // of the table, scaled
   };
 
-  DEEPALIGN_INLINE Parts split(Float x) const {
-    const Float magic = splat(0x1.8p18f);
-    const Float shifted = _mm512_fmadd_round_ps(x, scale_, magic, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const Float z = _mm512_sub_ps(shifted, magic);
-    const Float f = _mm512_fmsub_ps(x, scale_, z);
-    const Float entry = _mm512_permutex2var_ps(low_, _mm512_castps_si512(shifted), high_);
-    const Float polynomial = _mm512_fmadd_ps(f, _mm512_add_ps(f, splat(kLinear)), splat(kConstant));
-    return {_mm512_scalef_ps(entry, z), polynomial};
+  template <class V>
+  DEEPALIGN_INLINE Parts<V> split(V x) const {
+    const V shifted = fma(x, scale_, splat(kMagic));
+    const V z = shifted - splat(kMagic + kCentre / 16.0f);
+    const V entry = lookup(shifted);
+    const V g = fms(x, scale_, z);
+    const V square = fma(g, g, splat(kRest));
+    if constexpr (kDegree == 2) return {scaled(entry, z), square};
+    else return {scaled(entry, z), fma(square, g, splat(kConstant))};
   }
 
-  Float scale_, low_, high_;
+  DEEPALIGN_INLINE Float lookup(Float index) const { return _mm512_permutexvar_ps(_mm512_castps_si512(index), table_); }
+  DEEPALIGN_INLINE Pair lookup(Pair index) const { return {lookup(index.first), lookup(index.second)}; }
+  DEEPALIGN_INLINE static Float scaled(Float x, Float power) { return _mm512_scalef_ps(x, power); }
+  DEEPALIGN_INLINE static Pair scaled(Pair x, Pair power) {
+    return {scaled(x.first, power.first), scaled(x.second, power.second)};
+  }
+
+  Float scale_, table_;
 };
+
+using Exponential = TableExponential<3>;  // relative error 1.5e-7 with all rounding
+using CoarseExponential = TableExponential<2>;  // 7e-7: for what is counted by, or rounded to 16 bits
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign

@@ -46,6 +46,7 @@ DEEPALIGN_INLINE Bits splat_bits(uint32_t x) { return Bits{x, x, x, x}; }
 DEEPALIGN_INLINE Float load(const float* from) { return load_as<Float>(from); }
 DEEPALIGN_INLINE void store(float* to, Float x) { store_as(to, x); }
 DEEPALIGN_INLINE Float fma(Float a, Float b, Float c) { return a * b + c; }  // rounds twice
+DEEPALIGN_INLINE Float fms(Float a, Float b, Float c) { return a * b - c; }
 DEEPALIGN_INLINE Float max(Float a, Float b) { return a > b ? a : b; }       // b where either is NaN
 DEEPALIGN_INLINE Float min(Float a, Float b) { return a < b ? a : b; }
 
@@ -53,7 +54,6 @@ DEEPALIGN_INLINE Mask greater(Float a, Float b) { return a > b; }
 DEEPALIGN_INLINE Mask greater_equal(Float a, Float b) { return a >= b; }
 DEEPALIGN_INLINE Mask equal(Float a, Float b) { return a == b; }
 DEEPALIGN_INLINE Mask both(Mask a, Mask b) { return a & b; }
-DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b.first), both(a.second, b.second)}; }
 DEEPALIGN_INLINE Mask all_lanes() { return Mask{-1, -1, -1, -1}; }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) {
   const int32_t existing = n >= kLanes ? kLanes : n <= 0 ? 0 : int32_t(n);
@@ -141,6 +141,14 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]);
 }
 
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign
+
+#include "vec_pair.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
 // factor * 2^(scale x - offset), scale > 0: a polynomial of degree 6, relative error 1.5e-7.
 //
 // z = scale x rounded to an integer (added to a number whose last place is 1, from which the offset is subtracted
@@ -179,14 +187,16 @@ class Exponential {
     const Float power = Float(Bits(mantissa_) + (Bits(shifted) << 23)) * kUnit;
     return power + power * (f * slope);  // rounds less than power P(f)
   }
+  DEEPALIGN_INLINE Pair operator()(Pair x) const { return {(*this)(x.first), (*this)(x.second)}; }
 
   DEEPALIGN_INLINE Float add_to(Float sum, Float x) const { return sum + (*this)(x); }
+  DEEPALIGN_INLINE Float add_to(Float sum, Pair x) const { return add_both(sum, (*this)(x)); }
 
-  // The value, added to the sum as add_to does: equal models have equal sums.
-  DEEPALIGN_INLINE Float value_and_add(Float x, Float& sum) const {
-    const Float value = (*this)(x);
-    sum = sum + value;
-    return value;
+  // The values, added to the sum as add_to does: equal models have equal sums.
+  DEEPALIGN_INLINE Pair value_and_add(Pair x, Float& sum) const {
+    const Pair values = (*this)(x);
+    sum = add_both(sum, values);
+    return values;
   }
 
  private:
@@ -198,6 +208,8 @@ class Exponential {
 
   Float scale_, high_, low_, magic_, lowest_, highest_, mantissa_;
 };
+
+using CoarseExponential = Exponential;  // nothing is saved by less than this
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign

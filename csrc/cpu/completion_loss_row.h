@@ -2,6 +2,7 @@
 #pragma once
 
 #include "completion_loss_math.h"
+#include "selection.h"
 
 namespace deepalign {
 namespace DEEPALIGN_ISA {

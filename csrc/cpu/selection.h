@@ -109,7 +109,7 @@ class Candidates {
   float y(int64_t i) const { return now_.y[size_t(i)]; }
 
   template <class T>
-  [[gnu::noinline]] void add(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
+  DEEPALIGN_INLINE void add(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
     const int64_t before = size_;
     append_half<T>(step_begin, mask.first, keys.first, x.first, y.first);
     const int64_t between = size_;
@@ -146,7 +146,7 @@ class Candidates {
     if (values_) append(&now_.x[size_t(size_)], mask, x), append(&now_.y[size_t(size_)], mask, y);
     size_ += append(&now_.key[size_t(size_)], mask, keys);
   }
-  void append_in_order(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
+  [[gnu::noinline]] void append_in_order(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
     const Float absent = splat(kNaN);
     keys = in_order({choose(mask.first, keys.first, absent), choose(mask.second, keys.second, absent)});
     if (values_) x = in_order(x), y = in_order(y);
@@ -178,7 +178,7 @@ class Candidates {
 
 // Keeps the k largest of at least k, in the order of their indices. What is added later must be larger than the least of
 // them, not equal to it: its index is higher.
-inline void Candidates::prune() {
+[[gnu::noinline]] inline void Candidates::prune() {
   const int64_t n = size_;
   const Float absent = splat(kNaN);
   store(&now_.key[size_t(n)], absent), store(&now_.key[size_t(n + kLanes)], absent);

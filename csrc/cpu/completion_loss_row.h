@@ -52,7 +52,7 @@ class CompletionLossRow {
   LossSums scan_exactly(int64_t begin) const;
   Float largest_present(int64_t i, bool teacher) const;
   int64_t peak_step(int64_t begin, bool teacher) const;
-  void add_exactly(int64_t begin, int64_t end, LossSums& sums) const;
+  void add_exactly(const Step& x, MaskPair exists, LossSums& sums) const;
   template <bool kPlain>
   int64_t emit_as(int64_t segment, Candidates& candidates) const;
   void fill_gradient(int64_t begin, int64_t end, float value) const;
@@ -213,20 +213,29 @@ template <class T>
 LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
   const int64_t step_s = peak_step(begin, false), step_t = peak_step(begin, true);
-  const LossMaskedScan scan = masked_scan();
+  const LossMaskedScan masked = masked_scan();
+  const Exponential exp_s = masked.exp_s, exp_t = masked.exp_t;
   LossAccumulators rest;
   rest.clear();
   LossSums exact;
   Float ignored = splat(0);
+  const auto add = [&](Float xs, Float xa, Float xb) __attribute__((always_inline)) {
+    const Float xt = fma(splat(mix_), xb - xa, xa), p = exp_s(xs), q = exp_t(xt);
+    rest.s = rest.s + p, rest.t = rest.t + q;
+    rest.divergence = args_.teacher_student ? fma(q, xt - xs, rest.divergence) : fma(p, xs - xt, rest.divergence);
+  };
   for (int64_t i = begin; i < end; i += kStep) {
-    if (i == step_s || i == step_t) {
-      add_exactly(i, std::min(i + kStep, end), exact);
-      continue;
-    }
     const Step x = load(i, end - i);
-    const MaskPair exists = first_entries<T>(end - i);
-    scan.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
-    scan.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
+    if (i == step_s || i == step_t) {
+      add_exactly(x, first_entries<T>(end - i), exact);
+    } else if (!careful_ && i + kStep <= end) {
+      add(x.s.first, x.a.first, x.b.first);
+      add(x.s.second, x.a.second, x.b.second);
+    } else {
+      const MaskPair exists = first_entries<T>(end - i);
+      masked.add(x.s.first, x.a.first, x.b.first, exists.first, rest, ignored);
+      masked.add(x.s.second, x.a.second, x.b.second, exists.second, rest, ignored);
+    }
   }
   LossLaneSums rounded(cut_.block);
   rounded.template add<false>(rest, begin);
@@ -248,24 +257,42 @@ int64_t CompletionLossRow<T>::peak_step(int64_t begin, bool teacher) const {
 
 template <class T>
 DEEPALIGN_INLINE Float CompletionLossRow<T>::largest_present(int64_t i, bool teacher) const {
+  const bool whole = !careful_ && i + kStep <= cut_.size;
+  if (whole && !teacher) {
+    const Pair s = load_pair(s_ + i);
+    return max(s.first, s.second);
+  }
   const Step x = load(i, cut_.size - i);
-  const MaskPair exists = first_entries<T>(cut_.size - i);
-  const Float lowest = splat(-kInfinity), mix = splat(mix_);
+  const Float mix = splat(mix_), lowest = splat(-kInfinity);
   const Float first = teacher ? fma(mix, x.b.first - x.a.first, x.a.first) : x.s.first;
   const Float second = teacher ? fma(mix, x.b.second - x.a.second, x.a.second) : x.s.second;
+  if (whole) return max(first, second);
+  const MaskPair exists = first_entries<T>(cut_.size - i);
   return max(choose(both(exists.first, finite(x.s.first, x.a.first, x.b.first)), first, lowest),
              choose(both(exists.second, finite(x.s.second, x.a.second, x.b.second)), second, lowest));
 }
 
 template <class T>
-void CompletionLossRow<T>::add_exactly(int64_t begin, int64_t end, LossSums& sums) const {
-  for (int64_t i = begin; i < end; ++i) {
-    if (!finite_at(i)) continue;
-    const Entry x = entry(i);
-    const double p = std::exp2(double(scale_) * (x.s - offsets_.max_s) - offsets_.s);
-    const double q = std::exp2(double(scale_) * (x.t - offsets_.max_t) - offsets_.t);
-    sums.s += p, sums.t += q;
-    sums.divergence += args_.teacher_student ? q * (x.t - x.s) : p * (x.s - x.t);
+void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums& sums) const {
+  const Float zero = splat(0), one = splat(1);
+  float s[kStep], a[kStep], b[kStep], present[kStep];
+  const auto unpack = [&](Float xs, Float xa, Float xb, Mask mask, int at) {
+    mask = both(mask, finite(xs, xa, xb));
+    store(s + at, choose(mask, xs, zero)), store(a + at, choose(mask, xa, zero)), store(b + at, choose(mask, xb, zero));
+    store(present + at, choose(mask, one, zero));
+  };
+  unpack(x.s.first, x.a.first, x.b.first, exists.first, 0);
+  unpack(x.s.second, x.a.second, x.b.second, exists.second, kLanes);
+  double p[kStep], q[kStep], difference[kStep];
+  for (int lane = 0; lane < kStep; ++lane) {
+    const double xs = s[lane], xt = a[lane] + double(mix_) * double(b[lane] - a[lane]);
+    p[lane] = present[lane] * exp2_of(std::max(-1000.0, double(scale_) * (xs - offsets_.max_s) - offsets_.s));
+    q[lane] = present[lane] * exp2_of(std::max(-1000.0, double(scale_) * (xt - offsets_.max_t) - offsets_.t));
+    difference[lane] = xs - xt;
+  }
+  for (int lane = 0; lane < kStep; ++lane) {
+    sums.s += p[lane], sums.t += q[lane];
+    sums.divergence += args_.teacher_student ? -q[lane] * difference[lane] : p[lane] * difference[lane];
   }
 }
 
@@ -274,7 +301,11 @@ template <class T>
 LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   const auto refine = [&](int64_t begin) {
     LossLaneSums rounded(cut_.block);
-    careful_ ? scan_block(masked_scan(), begin, rounded) : scan_block(ordinary_scan<false>(), begin, rounded);
+    if (careful_) {
+      scan_block(masked_scan(), begin, rounded);
+    } else {
+      plain_ ? scan_block(ordinary_scan<true>(), begin, rounded) : scan_block(ordinary_scan<false>(), begin, rounded);
+    }
     const LossSums before = rounded.total(), after = scan_exactly(begin);
     sums.s += after.s - before.s, sums.t += after.t - before.t;
     sums.divergence += after.divergence - before.divergence;

@@ -86,6 +86,15 @@ inline bool whole_bits(double x, double scale, int* offset) {
   return true;
 }
 
+// 2^x for |x| <= 1000 without branch or call, so that a loop over it becomes vectors; relative error 1e-11.
+DEEPALIGN_INLINE double exp2_of(double x) {
+  const double shifted = x + 0x1.8p52, f = (x - (shifted - 0x1.8p52)) * 0.6931471805599453;  // |f| < 0.35
+  double y = 1.0 / 362880;  // e^f: its series
+  y = y * f + 1.0 / 40320, y = y * f + 1.0 / 5040, y = y * f + 1.0 / 720, y = y * f + 1.0 / 120;
+  y = y * f + 1.0 / 24, y = y * f + 1.0 / 6, y = y * f + 0.5, y = y * f + 1.0, y = y * f + 1.0;
+  return y * bit_cast<double>((bit_cast<uint64_t>(shifted) + 1023) << 52);
+}
+
 template <class T>
 const T* row_of(const Logits& logits, int64_t row) {
   return static_cast<const T*>(logits.data) + row * logits.row_stride;

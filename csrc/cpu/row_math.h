@@ -113,13 +113,14 @@ struct LaneSum {
 
 // How a row of `size` entries is cut. Depends on the problem only, never on threads.
 struct Cut {
+  static constexpr int64_t kMostBlock = 1024;
   int64_t size, block, segment, segments;
   int slots;  // blocks share this many sets of group maxima
 
   // At least `groups` groups of entries, so that the k-th largest of their maxima is a good bound.
   Cut(int64_t size, int64_t groups) : size(size) {
     slots = int(std::max<int64_t>(1, std::min((groups + kStep - 1) / kStep, (size + kStep - 1) / kStep)));
-    block = std::min<int64_t>(1024, std::max<int64_t>(kStep, size / slots / kStep * kStep));
+    block = std::min(kMostBlock, std::max<int64_t>(kStep, size / slots / kStep * kStep));
     segment = (16384 + block - 1) / block * block;
     segments = (size + segment - 1) / segment;
   }

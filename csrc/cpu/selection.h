@@ -146,7 +146,7 @@ class Candidates {
     if (values_) append(&now_.x[size_t(size_)], mask, x), append(&now_.y[size_t(size_)], mask, y);
     size_ += append(&now_.key[size_t(size_)], mask, keys);
   }
-  [[gnu::noinline]] void append_in_order(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
+  DEEPALIGN_INLINE void append_in_order(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
     const Float absent = splat(kNaN);
     keys = in_order({choose(mask.first, keys.first, absent), choose(mask.second, keys.second, absent)});
     if (values_) x = in_order(x), y = in_order(y);
@@ -166,7 +166,7 @@ class Candidates {
     if (values_) next_.x[to] = now_.x[from], next_.y[to] = now_.y[from];
   }
   void prune();
-  void rank_by_counting(int64_t kept);
+  void rank_by_counting();
   void rank_by_sorting(int64_t kept);
 
   int64_t k_, capacity_, size_ = 0;
@@ -204,13 +204,13 @@ class Candidates {
 inline void Candidates::finish() {
   if (size_ > k_ + k_ / 2 + 2 * kStep) prune();
   const int64_t kept = std::min(k_, size_);
-  size_ <= kMostCounted ? rank_by_counting(kept) : rank_by_sorting(kept);
+  size_ <= kMostCounted ? rank_by_counting() : rank_by_sorting(kept);
   std::swap(now_, next_);
   size_ = kept;
 }
 
 // An entry comes after those that are larger and, all being in the order of their indices, after earlier ones equal to it.
-inline void Candidates::rank_by_counting(int64_t kept) {
+inline void Candidates::rank_by_counting() {
   static constexpr LaterLanes kLater;
   const int64_t n = size_;
   const float* keys = now_.key.data();
@@ -222,8 +222,8 @@ inline void Candidates::rank_by_counting(int64_t kept) {
     int64_t j = 0;
     for (; j < i; ++j) {
       const Float other = splat(keys[j]);
-      rank.first = rank.first + choose(greater_equal(other, own.first), one, zero);
-      rank.second = rank.second + choose(greater_equal(other, own.second), one, zero);
+      rank.first = choose(greater_equal(other, own.first), rank.first + one, rank.first);
+      rank.second = choose(greater_equal(other, own.second), rank.second + one, rank.second);
     }
     for (; j < std::min(n, i + kStep); ++j) {
       const Float other = splat(keys[j]);
@@ -234,14 +234,12 @@ inline void Candidates::rank_by_counting(int64_t kept) {
     }
     for (; j < n; ++j) {
       const Float other = splat(keys[j]);
-      rank.first = rank.first + choose(greater(other, own.first), one, zero);
-      rank.second = rank.second + choose(greater(other, own.second), one, zero);
+      rank.first = choose(greater(other, own.first), rank.first + one, rank.first);
+      rank.second = choose(greater(other, own.second), rank.second + one, rank.second);
     }
     store(ranks + i, rank.first), store(ranks + i + kLanes, rank.second);
   }
-  for (int64_t i = 0; i < n; ++i) {
-    if (const auto rank = int64_t(ranks[i]); rank < kept) put(size_t(rank), size_t(i));
-  }
+  for (int64_t i = 0; i < n; ++i) put(size_t(int32_t(ranks[i])), size_t(i));  // nobody looks beyond the k largest
 }
 
 inline void Candidates::rank_by_sorting(int64_t kept) {

@@ -12,7 +12,7 @@
 
 #include <algorithm>
 
-#include "row_math.h"
+#include "selection.h"
 
 namespace deepalign {
 namespace DEEPALIGN_ISA {

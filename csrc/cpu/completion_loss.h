@@ -2,6 +2,8 @@
 // completion_loss_math.h has the essay.
 #pragma once
 
+#include <numeric>
+
 #include "completion_loss_row.h"
 
 namespace deepalign {
@@ -81,17 +83,16 @@ template <class T>
 void CompletionLossRow<T>::select_members(Candidates& candidates, int64_t count, bool emitted) {
   if (!args_.given) {
     candidates.finish();
-    members_.clear();
-    members_.reserve(size_t(candidates.size()));
+    members_.resize(size_t(candidates.size()));
     for (int64_t i = 0; i < candidates.size(); ++i) {
       const int32_t index = candidates.index(i);
-      members_.push_back(emitted ? Member{index, candidates.x(i), candidates.y(i)} : member(index));
+      members_[size_t(i)] = emitted ? LossMember{index, candidates.x(i), candidates.y(i)} : member(index);
     }
   }
   count_ = count;
   alpha_ = args_.alpha_base * (1.0 + args_.gamma * double(count) / double(present_));
   double squares = 0.0, sum = 0.0;
-  for (const Member& m : members_) {
+  for (const LossMember& m : members_) {
     const double offset = m.s - mean_;
     squares += offset * offset, sum += offset;
   }
@@ -117,7 +118,7 @@ void CompletionLossRow<T>::finish() const {
   if (!gradient_) return;
   if (wc_ > 0) {
     const double factor = 2.0 * wc_ * alpha_ * args_.lambda_reg;
-    for (const Member& m : members_) {
+    for (const LossMember& m : members_) {
       from_float(float(m.gradient + factor * (m.s - mean_) + shift_), gradient_ + m.index);
     }
   }
@@ -151,13 +152,17 @@ struct CompletionLossWork {
   Cut cut;
   GroupMaxima maxima;
   Candidates candidates;
+  std::vector<LossMember> members;
+  std::vector<LossSums> sums;    // of the segments
+  std::vector<int64_t> counts;
 
   explicit CompletionLossWork(const CompletionLossArgs& args)
       : args(args), cut(args.vocab_size, args.given ? 1 : std::max<int64_t>(512, 4 * args.top_k)), maxima(cut),
-        candidates(args.given ? 1 : args.top_k, args.gradient != nullptr) {}
+        candidates(args.given ? 1 : args.top_k, args.gradient != nullptr), sums(size_t(cut.segments)),
+        counts(size_t(cut.segments)) {}
 
   void row(int64_t index, const Parallel* parallel) {
-    CompletionLossRow<T> row(args, cut, index);
+    CompletionLossRow<T> row(args, cut, index, members);
     if (!row.is_read()) return row.write_blank(0.0f);
     if (!row.bad() && !row.conclude(scan(row, parallel))) {
       row.start_carefully();
@@ -178,26 +183,22 @@ struct CompletionLossWork {
 
  private:
   LossSums scan(const CompletionLossRow<T>& row, const Parallel* parallel) {
-    std::vector<LossSums> parts(static_cast<size_t>(cut.segments));
     maxima.clear();
     over_segments(
-        cut, parallel, maxima, [&](int64_t i, GroupMaxima& mine) { parts[size_t(i)] = row.scan(i, mine); },
+        cut, parallel, maxima, [&](int64_t i, GroupMaxima& mine) { sums[size_t(i)] = row.scan(i, mine); },
         [this](const GroupMaxima& other) { maxima.merge(other); });
-    LossSums sums;
-    for (const LossSums& part : parts) sums += part;
-    return sums;
+    LossSums sum;
+    for (const LossSums& part : sums) sum += part;
+    return sum;
   }
 
   template <class Pass>
   int64_t second_pass(const CompletionLossRow<T>& row, float bound, const Parallel* parallel, Pass pass) {
-    std::vector<int64_t> counts(static_cast<size_t>(cut.segments));
     candidates.reset(bound);
     over_segments(
         cut, parallel, candidates, [&](int64_t i, Candidates& mine) { counts[size_t(i)] = (row.*pass)(i, mine); },
         [this](const Candidates& other) { candidates.merge(other); });
-    int64_t count = 0;
-    for (int64_t part : counts) count += part;
-    return count;
+    return std::accumulate(counts.begin(), counts.end(), int64_t(0));
   }
 };
 

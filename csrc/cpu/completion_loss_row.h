@@ -2,14 +2,22 @@
 #pragma once
 
 #include "completion_loss_math.h"
+#include "selection.h"
 
 namespace deepalign {
 namespace DEEPALIGN_ISA {
 
+// An entry of M.
+struct LossMember {
+  int64_t index;
+  float s, gradient;  // the gradient without the penalty's part
+};
+
 template <class T>
 class CompletionLossRow {
  public:
-  CompletionLossRow(const CompletionLossArgs& args, const Cut& cut, int64_t row);
+  // Its selection is put into `members`.
+  CompletionLossRow(const CompletionLossArgs& args, const Cut& cut, int64_t row, std::vector<LossMember>& members);
 
   bool is_read() const { return wd_ > 0 || wc_ > 0; }
   bool bad() const { return bad_; }
@@ -27,15 +35,14 @@ class CompletionLossRow {
   void write_blank(float value) const;
 
  private:
-  struct Member {
-    int64_t index;
-    float s, gradient;  // the gradient without the penalty's part
-  };
   struct Step {
     Pair s, a, b;
   };
   struct Entry {
     double s, t;
+  };
+  struct PeakSteps {
+    int64_t s, t;
   };
 
   DEEPALIGN_INLINE Step load(int64_t i, int64_t n) const { return {load_step(s_ + i, n), load_step(a_ + i, n), load_step(b_ + i, n)}; }
@@ -57,9 +64,8 @@ class CompletionLossRow {
   LossMaskedScan masked_scan() const;
   LossSums refined(LossSums sums) const;
   LossSums scan_exactly(int64_t begin) const;
-  Float largest_present(int64_t i, bool teacher) const;
-  int64_t peak_step(int64_t begin, bool teacher) const;
-  void add_exactly(int64_t begin, int64_t end, LossSums& sums) const;
+  PeakSteps peak_steps(int64_t begin) const;
+  void add_exactly(const Step& x, MaskPair exists, LossSums& sums) const;
   template <bool kPlain>
   int64_t emit_as(int64_t segment, Candidates& candidates) const;
   void fill_gradient(int64_t begin, int64_t end, float value) const;
@@ -68,7 +74,7 @@ class CompletionLossRow {
     const float a = to_float(a_[i]), b = to_float(b_[i]);
     return {to_float(s_[i]), a + double(mix_) * double(b - a)};
   }
-  Member member(int64_t index) const;
+  LossMember member(int64_t index) const;
   bool finite_at(int64_t i) const;
   LossMix mix() const { return {splat(mix_), args_.teacher_student, args_.favored_from_student}; }
   Float floor() const { return splat(-200.0f / std::min(scale_, float(kLog2E))); }
@@ -86,17 +92,19 @@ class CompletionLossRow {
   LossOffsets offsets_;
   double log2_s_ = 0, log2_t_ = 0, raw_kl_ = 0, log_ratio_ = 0, mean_ = 0, alpha_ = 0, completion_ = 0, shift_ = 0;
   float threshold_ = 0;
-  std::vector<Member> members_;
+  std::vector<LossMember>& members_;
 };
 
 template <class T>
-CompletionLossRow<T>::CompletionLossRow(const CompletionLossArgs& args, const Cut& cut, int64_t row)
+CompletionLossRow<T>::CompletionLossRow(
+    const CompletionLossArgs& args, const Cut& cut, int64_t row, std::vector<LossMember>& members)
     : args_(args), cut_(cut), row_(row), s_(row_of<T>(args.student, row)), a_(row_of<T>(args.aligned, row)),
       b_(row_of<T>(args.base, row)),
       gradient_(args.gradient ? static_cast<T*>(args.gradient) + row * args.gradient_stride : nullptr),
       mix_(float(1.0 - args.teacher_mix)), scale_(float(kLog2E / args.temperature)), wd_(args.kl_weight[row]),
       wc_(args.completion_weight[row]),
-      plain_(!args.teacher_student && !args.favored_from_student && !args.centered_square), present_(cut.size) {
+      plain_(!args.teacher_student && !args.favored_from_student && !args.centered_square), present_(cut.size),
+      members_(members) {
   if (is_read()) guess_offsets();
 }
 
@@ -211,18 +219,24 @@ Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneS
 template <class T>
 LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
-  const int64_t step_s = peak_step(begin, false), step_t = peak_step(begin, true);
-  const LossMaskedScan scan = masked_scan();
+  const PeakSteps peaks = peak_steps(begin);
+  const LossMaskedScan masked = masked_scan();
+  const Exponential exp_s = masked.exp_s, exp_t = masked.exp_t;
   LossAccumulators rest;
   rest.clear();
   LossSums exact;
   Pair ignored = twice(splat(0));
   for (int64_t i = begin; i < end; i += kStep) {
-    if (i == step_s || i == step_t) {
-      add_exactly(i, std::min(i + kStep, end), exact);
-      continue;
+    const Step x = load(i, end - i);
+    if (i == peaks.s || i == peaks.t) {
+      add_exactly(x, first_entries<T>(end - i), exact);
+    } else if (!careful_ && i + kStep <= end) {
+      const Pair xt = fma(splat(mix_), x.b - x.a, x.a), p = exp_s(x.s), q = exp_t(xt);
+      rest.s = add_both(rest.s, p), rest.t = add_both(rest.t, q);
+      rest.divergence = args_.teacher_student ? add_products(rest.divergence, q, xt - x.s) : add_products(rest.divergence, p, x.s - xt);
+    } else {
+      scan_step(masked, x, first_entries<T>(end - i), rest, ignored);
     }
-    scan_step(scan, load(i, end - i), first_entries<T>(end - i), rest, ignored);
   }
   LossLaneSums rounded(cut_.block);
   rounded.template add<false>(rest, begin);
@@ -230,38 +244,50 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   return exact;
 }
 
-// The step of a block that has its largest entry of s, or of t.
+// The steps of a block that have its largest entries of s and of t.
 template <class T>
-int64_t CompletionLossRow<T>::peak_step(int64_t begin, bool teacher) const {
+typename CompletionLossRow<T>::PeakSteps CompletionLossRow<T>::peak_steps(int64_t begin) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
-  Float largest = splat(-kInfinity);
-  for (int64_t i = begin; i < end; i += kStep) largest = max(largest_present(i, teacher), largest);
-  const Float peak = splat(largest_lane(largest));
-  int64_t step = begin;
-  while (step + kStep < end && count(equal(largest_present(step, teacher), peak)) == 0) step += kStep;
-  return step;
-}
-
-template <class T>
-DEEPALIGN_INLINE Float CompletionLossRow<T>::largest_present(int64_t i, bool teacher) const {
-  const Step x = load(i, cut_.size - i);
-  const MaskPair exists = first_entries<T>(cut_.size - i);
   const Float lowest = splat(-kInfinity), mix = splat(mix_);
-  const Float first = teacher ? fma(mix, x.b.first - x.a.first, x.a.first) : x.s.first;
-  const Float second = teacher ? fma(mix, x.b.second - x.a.second, x.a.second) : x.s.second;
-  return max(choose(both(exists.first, finite(x.s.first, x.a.first, x.b.first)), first, lowest),
-             choose(both(exists.second, finite(x.s.second, x.a.second, x.b.second)), second, lowest));
+  float of_steps_s[Cut::kMostBlock / 2], of_steps_t[Cut::kMostBlock / 2];  // the larger half of each step
+  Float s = lowest, t = lowest;
+  int64_t at = 0;
+  for (int64_t i = begin; i < end; i += kStep, at += kLanes) {
+    const Step x = load(i, end - i);
+    Pair xs = x.s, xt = fma(mix, x.b - x.a, x.a);
+    if (careful_ || i + kStep > end) {
+      const MaskPair here = both(first_entries<T>(end - i), finite(x.s, x.a, x.b));
+      xs = choose(here, xs, lowest), xt = choose(here, xt, lowest);
+    }
+    const Float larger_s = max(xs.first, xs.second), larger_t = max(xt.first, xt.second);
+    store(of_steps_s + at, larger_s), store(of_steps_t + at, larger_t);
+    s = max(larger_s, s), t = max(larger_t, t);
+  }
+  const auto step_of = [&](const float* of_steps, Float peak) {
+    int64_t step = 0;
+    while (step + kLanes < at && count(equal(DEEPALIGN_ISA::load(of_steps + step), peak)) == 0) step += kLanes;
+    return begin + step / kLanes * kStep;
+  };
+  return {step_of(of_steps_s, splat(largest_lane(s))), step_of(of_steps_t, splat(largest_lane(t)))};
 }
 
 template <class T>
-void CompletionLossRow<T>::add_exactly(int64_t begin, int64_t end, LossSums& sums) const {
-  for (int64_t i = begin; i < end; ++i) {
-    if (!finite_at(i)) continue;
-    const Entry x = entry(i);
-    const double p = std::exp2(double(scale_) * (x.s - offsets_.max_s) - offsets_.s);
-    const double q = std::exp2(double(scale_) * (x.t - offsets_.max_t) - offsets_.t);
-    sums.s += p, sums.t += q;
-    sums.divergence += args_.teacher_student ? q * (x.t - x.s) : p * (x.s - x.t);
+void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums& sums) const {
+  const Float zero = splat(0);
+  const MaskPair here = both(exists, finite(x.s, x.a, x.b));
+  float s[kStep], a[kStep], b[kStep], present[kStep];
+  store_pair(s, choose(here, x.s, zero)), store_pair(a, choose(here, x.a, zero)), store_pair(b, choose(here, x.b, zero));
+  store_pair(present, choose(here, splat(1), zero));
+  double p[kStep], q[kStep], difference[kStep];
+  for (int lane = 0; lane < kStep; ++lane) {
+    const double xs = s[lane], xt = a[lane] + double(mix_) * double(b[lane] - a[lane]);
+    p[lane] = present[lane] * exp2_of(std::max(-1000.0, double(scale_) * (xs - offsets_.max_s) - offsets_.s));
+    q[lane] = present[lane] * exp2_of(std::max(-1000.0, double(scale_) * (xt - offsets_.max_t) - offsets_.t));
+    difference[lane] = xs - xt;
+  }
+  for (int lane = 0; lane < kStep; ++lane) {
+    sums.s += p[lane], sums.t += q[lane];
+    sums.divergence += args_.teacher_student ? -q[lane] * difference[lane] : p[lane] * difference[lane];
   }
 }
 
@@ -270,7 +296,11 @@ template <class T>
 LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   const auto refine = [&](int64_t begin) {
     LossLaneSums rounded(cut_.block);
-    careful_ ? scan_block(masked_scan(), begin, rounded) : scan_block(ordinary_scan<false>(), begin, rounded);
+    if (careful_) {
+      scan_block(masked_scan(), begin, rounded);
+    } else {
+      plain_ ? scan_block(ordinary_scan<true>(), begin, rounded) : scan_block(ordinary_scan<false>(), begin, rounded);
+    }
     const LossSums before = rounded.total(), after = scan_exactly(begin);
     sums.s += after.s - before.s, sums.t += after.t - before.t;
     sums.divergence += after.divergence - before.divergence;
@@ -309,7 +339,7 @@ bool CompletionLossRow<T>::finite_at(int64_t i) const {
 
 // One entry's gradient without the penalty's part, from the logits.
 template <class T>
-typename CompletionLossRow<T>::Member CompletionLossRow<T>::member(int64_t index) const {
+LossMember CompletionLossRow<T>::member(int64_t index) const {
   if (!emits()) return {index, to_float(s_[index]), 0.0f};
   const double tau = args_.temperature;
   const Entry x = entry(index);

@@ -2,7 +2,7 @@
 // and what is decided between them are in contrastive_sample.h.
 #pragma once
 
-#include "row_math.h"
+#include "selection.h"
 
 namespace deepalign {
 namespace DEEPALIGN_ISA {

@@ -5,6 +5,7 @@
 // are therefore compiled for the plain processor in every file: the linker keeps one copy of each, and it must run on all.
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <cstdint>
 #include <cstring>
 #include <limits>

@@ -119,6 +119,17 @@ DEEPALIGN_INLINE void append(int32_t* to, Mask mask, int32_t first_index, int32_
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_add_epi32(_mm256_set1_epi32(first_index), offset));
 }
 
+DEEPALIGN_INLINE void append(int32_t* to, Mask mask, const int32_t* from) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(x, chosen_lanes(mask)));
+}
+
+// The entries of a dealt step in the order of their indices.
+DEEPALIGN_INLINE Pair in_order(Pair dealt) {
+  const __m256 low = _mm256_unpacklo_ps(dealt.first, dealt.second), high = _mm256_unpackhi_ps(dealt.first, dealt.second);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+
 // sums[lane] += x[lane], in double.
 DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));

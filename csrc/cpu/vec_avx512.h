@@ -100,6 +100,17 @@ DEEPALIGN_INLINE void append(int32_t* to, Mask mask, int32_t first_index, int32_
   _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, index));
 }
 
+DEEPALIGN_INLINE void append(int32_t* to, Mask mask, const int32_t* from) {
+  _mm512_storeu_si512(to, _mm512_maskz_compress_epi32(mask, _mm512_loadu_si512(from)));
+}
+
+// The entries of a dealt step in the order of their indices.
+DEEPALIGN_INLINE Pair in_order(Pair dealt) {
+  const __m512i low = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {_mm512_permutex2var_ps(dealt.first, low, dealt.second), _mm512_permutex2var_ps(dealt.first, high, dealt.second)};
+}
+
 // sums[lane] += x[lane], in double.
 DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));

@@ -136,6 +136,21 @@ DEEPALIGN_INLINE void append(int32_t* to, Mask mask, int32_t first_index, int32_
   }
 }
 
+DEEPALIGN_INLINE void append(int32_t* to, Mask mask, const int32_t* from) {
+  const Mask x = load_as<Mask>(from);  // before what is written over it
+  int n = 0;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    to[n] = x[lane];
+    n -= mask[lane];
+  }
+}
+
+// The entries of a dealt step in the order of their indices.
+DEEPALIGN_INLINE Pair in_order(Pair dealt) {
+  const Float &even = dealt.first, &odd = dealt.second;
+  return {Float{even[0], odd[0], even[1], odd[1]}, Float{even[2], odd[2], even[3], odd[3]}};
+}
+
 // sums[lane] += x[lane], in double.
 DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]);

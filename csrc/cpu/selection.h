@@ -1,0 +1,256 @@
+// The k largest values of a row, exactly, ties to the lowest index, without a sort of the row.
+//
+// A first pass keeps running maxima of groups of entries (`GroupMaxima`); the k-th largest of them, or a little less, is
+// a bound that the row's k-th largest value reaches. A second pass gives what reaches the bound to `Candidates`. Their
+// buffer is in the order of the index throughout, so that nobody has to compare indices: whenever it is full, the k-th
+// largest value of it is found and becomes the bound, a tie with it being too late from then on, and the rest is thrown
+// out; at the end what is left is ranked.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "row_math.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+// Floats in an order of integers; -0 comes as 0.
+inline int32_t ordered(float x) {
+  const int32_t bits = bit_cast<int32_t>(x + 0.0f);
+  return bits >= 0 ? bits : bits ^ 0x7fffffff;
+}
+inline float from_ordered(int32_t key) { return bit_cast<float>(key >= 0 ? key : key ^ 0x7fffffff); }
+
+// How many of the values reach a limit. Here and below, values are whole steps of them; NaN fills up the last one.
+inline int64_t count_reaching(const float* values, int64_t size, float value) {
+  const Float limit = splat(value);
+  int64_t reaching = 0;
+  for (int64_t i = 0; i < size; i += kStep) {
+    reaching += count(MaskPair{greater_equal(load(values + i), limit), greater_equal(load(values + i + kLanes), limit)});
+  }
+  return reaching;
+}
+
+// The k-th largest of the values, or any value below it that no more than `most` reach. Linear: bisection.
+inline float value_reached_by(const float* values, int64_t size, int64_t k, int64_t most) {
+  Float smallest = splat(kInfinity), largest = splat(-kInfinity);
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const Float x = load(values + i);
+    smallest = min(x, smallest), largest = max(x, largest);  // in this order NaN is passed over
+  }
+  const float top = largest_lane(largest), bottom = 0.0f - largest_lane(splat(0) - smallest);
+  // `low` is reached by at least k, `high` by fewer. Halving the interval closes in fast, halving the number of floats in
+  // it always comes to an end.
+  int64_t low = ordered(bottom), high = int64_t(ordered(top)) + 1;
+  for (bool halve = true; high - low > 1; halve = !halve) {
+    int64_t middle = low + (high - low) / 2;
+    if (halve) {
+      const float value = 0.5f * from_ordered(int32_t(low)) + 0.5f * from_ordered(int32_t(high - 1));
+      if (value - value == 0.0f) middle = std::max(low + 1, std::min(high - 1, int64_t(ordered(value))));
+    }
+    const int64_t reaching = count_reaching(values, size, from_ordered(int32_t(middle)));
+    (reaching >= k ? low : high) = middle;
+    if (reaching >= k && reaching <= most) break;
+  }
+  return from_ordered(int32_t(low));
+}
+
+// Running maxima of groups of a row's values: lane and block (modulo slots) make the group.
+class GroupMaxima {
+ public:
+  explicit GroupMaxima(const Cut& cut) : block_(cut.block), slots_(cut.slots), values_(size_t(cut.slots) * kStep) { clear(); }
+  void clear() { std::fill(values_.begin(), values_.end(), -kInfinity); }
+  void merge_block(int64_t begin, Pair maxima) {
+    const uint32_t number = uint32_t(begin) / uint32_t(block_) % uint32_t(slots_);  // 64 bits would take twice as long
+    float* slot = values_.data() + size_t(number) * kStep;
+    store(slot, max(maxima.first, load(slot)));
+    store(slot + kLanes, max(maxima.second, load(slot + kLanes)));
+  }
+  void merge(const GroupMaxima& other) {
+    for (size_t i = 0; i < values_.size(); ++i) values_[i] = std::max(values_[i], other.values_[i]);
+  }
+
+  // A value that at least k entries reach (so that the k-th largest is no smaller), close to the k-th largest maximum;
+  // -infinity if there are fewer than k groups. A few groups too many cost less than the last steps of the search.
+  float bound(int64_t k) const {
+    const int64_t size = int64_t(values_.size());
+    return k > size ? -kInfinity : value_reached_by(values_.data(), size, k, k + k / 32);
+  }
+
+ private:
+  int64_t block_;
+  int slots_;
+  std::vector<float> values_;
+};
+
+// Zeros, then ones.
+struct LaterLanes {
+  float lanes[2 * kStep] = {};
+  constexpr LaterLanes() {
+    for (int lane = kStep; lane < 2 * kStep; ++lane) lanes[lane] = 1.0f;
+  }
+};
+
+// Entries that may be among the k largest: all values that reach a bound, which rises whenever the buffer is full.
+// Entries must be added in order of their index from step to step; ties then go to the lowest index.
+class Candidates {
+ public:
+  // With `values`, each entry carries two more floats (what happens to be known about it).
+  Candidates(int64_t k, bool values)
+      : k_(k), capacity_(2 * k + 1024), values_(values), now_(capacity_ + kStep, values), next_(capacity_ + kStep, values) {}
+  void reset(float bound) { size_ = 0, bound_ = bound; }
+  float bound() const { return bound_; }
+  int64_t size() const { return size_; }
+  int32_t index(int64_t i) const { return now_.index[size_t(i)]; }
+  float key(int64_t i) const { return now_.key[size_t(i)]; }
+  float x(int64_t i) const { return now_.x[size_t(i)]; }
+  float y(int64_t i) const { return now_.y[size_t(i)]; }
+
+  template <class T>
+  DEEPALIGN_INLINE void add(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
+    const int64_t before = size_;
+    append_half<T>(step_begin, mask.first, keys.first, x.first, y.first);
+    const int64_t between = size_;
+    append_half<T>(step_begin + Deal<T>::kSecond, mask.second, keys.second, x.second, y.second);
+    if (Deal<T>::kStride == 2 && between > before && size_ > between) {  // even indices, then odd ones: once more
+      size_ = before;
+      append_in_order(step_begin, mask, keys, x, y);
+    }
+    if (size_ > capacity_ - kStep) prune();
+  }
+  // Those of a later part of the row.
+  void merge(const Candidates& other) {
+    for (int64_t i = 0; i < other.size_; i += kLanes) {
+      append_from(other.now_, i, both(greater_equal(load(&other.now_.key[size_t(i)]), splat(bound_)), first_lanes(other.size_ - i)));
+      if (size_ > capacity_ - kStep) prune();
+    }
+  }
+  // Keeps the min(k, size) largest, in descending order.
+  void finish();
+
+ private:
+  struct Columns {
+    std::vector<float> key, x, y;
+    std::vector<int32_t> index;
+
+    Columns(int64_t size, bool values) : key(size_t(size)), x(values ? size_t(size) : 0), y(x.size()), index(size_t(size)) {}
+  };
+  // Ranks of up to this many entries are counted, in the square of their number but without a branch to mispredict.
+  static constexpr int64_t kMostCounted = 32 * kLanes;
+
+  template <class T>
+  DEEPALIGN_INLINE void append_half(int64_t first_index, Mask mask, Float keys, Float x, Float y) {
+    append(&now_.index[size_t(size_)], mask, int32_t(first_index), Deal<T>::kStride);
+    if (values_) append(&now_.x[size_t(size_)], mask, x), append(&now_.y[size_t(size_)], mask, y);
+    size_ += append(&now_.key[size_t(size_)], mask, keys);
+  }
+  DEEPALIGN_INLINE void append_in_order(int64_t step_begin, MaskPair mask, Pair keys, Pair x, Pair y) {
+    const Float absent = splat(kNaN);
+    keys = in_order({choose(mask.first, keys.first, absent), choose(mask.second, keys.second, absent)});
+    if (values_) x = in_order(x), y = in_order(y);
+    append_half<float>(step_begin, equal(keys.first, keys.first), keys.first, x.first, y.first);
+    append_half<float>(step_begin + kLanes, equal(keys.second, keys.second), keys.second, x.second, y.second);
+  }
+  void append_from(const Columns& from, int64_t i, Mask mask) {
+    append(&now_.index[size_t(size_)], mask, &from.index[size_t(i)]);
+    if (values_) {
+      append(&now_.x[size_t(size_)], mask, load(&from.x[size_t(i)]));
+      append(&now_.y[size_t(size_)], mask, load(&from.y[size_t(i)]));
+    }
+    size_ += append(&now_.key[size_t(size_)], mask, load(&from.key[size_t(i)]));
+  }
+  DEEPALIGN_INLINE void put(size_t to, size_t from) {
+    next_.key[to] = now_.key[from], next_.index[to] = now_.index[from];
+    if (values_) next_.x[to] = now_.x[from], next_.y[to] = now_.y[from];
+  }
+  void prune();
+  void rank_by_counting();
+  void rank_by_sorting(int64_t kept);
+
+  int64_t k_, capacity_, size_ = 0;
+  bool values_;
+  float bound_ = -kInfinity;
+  Columns now_, next_;
+  std::vector<uint64_t> order_;
+};
+
+// Keeps the k largest of at least k, in the order of their indices. What is added later must be larger than the least of
+// them, not equal to it: its index is higher.
+[[gnu::noinline]] inline void Candidates::prune() {
+  const int64_t n = size_;
+  const Float absent = splat(kNaN);
+  store(&now_.key[size_t(n)], absent), store(&now_.key[size_t(n + kLanes)], absent);
+  const float least = value_reached_by(now_.key.data(), n, k_, k_);
+  const Float limit = splat(least);
+  int64_t ties = k_;  // those that may stay
+  for (int64_t i = 0; i < n; i += kLanes) ties -= count(greater(load(&now_.key[size_t(i)]), limit));
+  size_ = 0;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const Float keys = load(&now_.key[size_t(i)]);
+    const Mask tied = equal(keys, limit);
+    int kept = kLanes;  // lanes that may stay though they are tied
+    if (count(tied) > ties) {
+      for (kept = 0; count(both(tied, first_lanes(kept))) < ties;) ++kept;
+    }
+    ties -= count(both(tied, first_lanes(kept)));
+    const Float late = choose(tied, absent, keys);
+    append_from(now_, i, greater_equal(choose(first_lanes(kept), keys, late), limit));
+  }
+  bound_ = std::nextafter(least, kInfinity);
+}
+
+inline void Candidates::finish() {
+  if (size_ > k_ + k_ / 2 + 2 * kStep) prune();
+  const int64_t kept = std::min(k_, size_);
+  size_ <= kMostCounted ? rank_by_counting() : rank_by_sorting(kept);
+  std::swap(now_, next_);
+  size_ = kept;
+}
+
+// An entry comes after those that are larger and, all being in the order of their indices, after earlier ones equal to it.
+inline void Candidates::rank_by_counting() {
+  static constexpr LaterLanes kLater;
+  const int64_t n = size_;
+  const float* keys = now_.key.data();
+  const Float zero = splat(0), one = splat(1);
+  float ranks[kMostCounted];
+  for (int64_t i = 0; i < n; i += kStep) {
+    const Pair own{load(keys + i), load(keys + i + kLanes)};
+    Pair rank{zero, zero};
+    int64_t j = 0;
+    for (; j < i; ++j) {
+      const Float other = splat(keys[j]);
+      rank.first = choose(greater_equal(other, own.first), rank.first + one, rank.first);
+      rank.second = choose(greater_equal(other, own.second), rank.second + one, rank.second);
+    }
+    for (; j < std::min(n, i + kStep); ++j) {
+      const Float other = splat(keys[j]);
+      const float* later = kLater.lanes + kStep - 1 - (j - i);  // 1 for entries after j
+      rank.first = rank.first + choose(greater(other, own.first), one, choose(equal(other, own.first), load(later), zero));
+      rank.second = rank.second +
+                    choose(greater(other, own.second), one, choose(equal(other, own.second), load(later + kLanes), zero));
+    }
+    for (; j < n; ++j) {
+      const Float other = splat(keys[j]);
+      rank.first = choose(greater(other, own.first), rank.first + one, rank.first);
+      rank.second = choose(greater(other, own.second), rank.second + one, rank.second);
+    }
+    store(ranks + i, rank.first), store(ranks + i + kLanes, rank.second);
+  }
+  for (int64_t i = 0; i < n; ++i) put(size_t(int32_t(ranks[i])), size_t(i));  // nobody looks beyond the k largest
+}
+
+inline void Candidates::rank_by_sorting(int64_t kept) {
+  order_.resize(size_t(size_));
+  for (int64_t i = 0; i < size_; ++i) {  // descending values, then ascending places in the buffer
+    order_[size_t(i)] = uint64_t(0x7fffffffu - uint32_t(ordered(key(i)))) << 32 | uint64_t(i);
+  }
+  if (kept < size_) std::nth_element(order_.begin(), order_.begin() + kept, order_.end());
+  std::sort(order_.begin(), order_.begin() + kept);
+  for (int64_t rank = 0; rank < kept; ++rank) put(size_t(rank), size_t(uint32_t(order_[size_t(rank)])));
+}
+
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign

@@ -43,42 +43,45 @@ struct PairAccumulators {
   // Not by initialisers: the constructor that they make would be compiled for the plain processor.
   void clear() {
     a = b = d = splat(0);
-    for (Pair& maxima : largest) maxima.first = maxima.second = splat(-kInfinity);
+    for (Pair& maxima : largest) maxima = twice(splat(-kInfinity));
   }
-  DEEPALIGN_INLINE void rank(Float xa, Float xb, Float difference, Float Pair::* half) {
-    largest[0].*half = max(kRankings == kByDifference ? difference : xa, largest[0].*half);
-    if constexpr (kRankings >= kByModel) largest[1].*half = max(xb, largest[1].*half);
-    if constexpr (kRankings == kByAll) largest[2].*half = max(difference, largest[2].*half);
+  DEEPALIGN_INLINE void rank(Pair xa, Pair xb, Pair difference) {
+    largest[0] = max(kRankings == kByDifference ? difference : xa, largest[0]);
+    if constexpr (kRankings >= kByModel) largest[1] = max(xb, largest[1]);
+    if constexpr (kRankings == kByAll) largest[2] = max(difference, largest[2]);
   }
 };
 
 // Far below every maximum: its exponential is 0.
 DEEPALIGN_INLINE Float far_below() { return splat(float(-200.0 / kLog2E)); }
 
-// Pass 1 over one half of a step.
+// Pass 1 over a step.
 template <int kRankings>
 struct PairScan {
-  Exponential exp_a, exp_b;
+  // Where only differences are ranked, the sums are for the count alone.
+  using Exp = std::conditional_t<kRankings == kByDifference, CoarseExponential, Exponential>;
+  Exp exp_a, exp_b;
   Float max_a, max_b;
   bool careful;
 
-  DEEPALIGN_INLINE void add(Float xa, Float xb, Float Pair::* half, PairAccumulators<kRankings>& sums) const {
-    const Float d = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125
+  DEEPALIGN_INLINE void add(Pair xa, Pair xb, PairAccumulators<kRankings>& sums) const {
+    const Pair d = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125
+    sums.d = add_both(sums.d, d);
+    sums.rank(xa, xb, d);
     sums.a = exp_a.add_to(sums.a, xa);
     sums.b = exp_b.add_to(sums.b, xb);
-    sums.d = sums.d + d;
-    sums.rank(xa, xb, d, half);
   }
 
   // Under a mask, with maxima subtracted: for careful rows, whose other entries are finite or absent, and for the end of
   // ordinary ones, where whatever is not finite must come through.
-  DEEPALIGN_INLINE void add(Float xa, Float xb, Mask mask, Float Pair::* half, PairAccumulators<kRankings>& sums) const {
-    const Float zero = splat(0), lowest = splat(-kInfinity), d = xb - xa;
+  DEEPALIGN_INLINE void add(Pair xa, Pair xb, MaskPair mask, PairAccumulators<kRankings>& sums) const {
+    const Float zero = splat(0), lowest = splat(-kInfinity);
+    const Pair d = xb - xa;
     if (careful) mask = both(mask, finite(xa, xb));
-    sums.a = sums.a + choose(mask, exp_a(max(far_below(), xa - max_a)), zero);
-    sums.b = sums.b + choose(mask, exp_b(max(far_below(), xb - max_b)), zero);
-    sums.d = sums.d + choose(mask, d, zero);
-    sums.rank(choose(mask, xa, lowest), choose(mask, xb, lowest), choose(mask, d, lowest), half);
+    sums.a = add_both(sums.a, choose(mask, exp_a(max(far_below(), xa - max_a)), zero));
+    sums.b = add_both(sums.b, choose(mask, exp_b(max(far_below(), xb - max_b)), zero));
+    sums.d = add_both(sums.d, choose(mask, d, zero));
+    sums.rank(choose(mask, xa, lowest), choose(mask, xb, lowest), choose(mask, d, lowest));
   }
 };
 
@@ -125,7 +128,7 @@ struct ModelPair {
 template <class T, int kRankings>
 MaskPair ModelPair<T, kRankings>::present(const Step& x) const {
   if (!careful) return {all_lanes(), all_lanes()};
-  return {finite(x.a.first, x.b.first), finite(x.a.second, x.b.second)};
+  return finite(x.a, x.b);
 }
 
 // The largest of the first entries stands for the row's largest.
@@ -165,8 +168,9 @@ void ModelPair<T, kRankings>::start_carefully() {
 template <class T, int kRankings>
 PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>& maxima) const {
   const float bits = float(kLog2E);
-  const PairScan<kRankings> scan{
-      Exponential(bits, offsets.a), Exponential(bits, offsets.b), splat(offsets.max_a), splat(offsets.max_b), careful};
+  using Scan = PairScan<kRankings>;
+  const Scan scan{typename Scan::Exp(bits, offsets.a), typename Scan::Exp(bits, offsets.b), splat(offsets.max_a),
+                  splat(offsets.max_b), careful};
   PairLaneSums sums;
   for (int64_t begin = cut.begin(segment); begin < cut.end(segment); begin += cut.block) {
     const int64_t end = std::min(begin + cut.block, cut.end(segment));
@@ -174,17 +178,13 @@ PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>
     plain.clear(), masked.clear();
     int64_t i = begin;
     for (; !careful && i + kStep <= end; i += kStep) {
-      const Pair xa = load_pair(a + i), xb = load_pair(b + i);
-      scan.add(xa.first, xb.first, &Pair::first, plain);
-      scan.add(xa.second, xb.second, &Pair::second, plain);
+      scan.add(load_pair(a + i), load_pair(b + i), plain);
     }
     sums.add_block(begin, plain, maxima);
     if (i == end) continue;
     for (; i < end; i += kStep) {
       const Step x = load(i, end - i);
-      const MaskPair exists = first_entries<T>(end - i);
-      scan.add(x.a.first, x.b.first, exists.first, &Pair::first, masked);
-      scan.add(x.a.second, x.b.second, exists.second, &Pair::second, masked);
+      scan.add(x.a, x.b, first_entries<T>(end - i), masked);
     }
     sums.add_block(begin, masked, maxima);
   }
@@ -207,7 +207,7 @@ bool ModelPair<T, kRankings>::conclude(const PairSums& sums) {
 // Collects what of a step reaches the bound, which rises when there is too much of it.
 template <class T>
 DEEPALIGN_INLINE void gather(int64_t i, const Pair& keys, MaskPair mask, Candidates& candidates, Float& bound) {
-  const MaskPair chosen = both(mask, MaskPair{greater_equal(keys.first, bound), greater_equal(keys.second, bound)});
+  const MaskPair chosen = both(mask, greater_equal(keys, bound));
   if (!any(chosen)) return;
   candidates.add<T>(i, chosen, keys, keys, keys);
   bound = splat(candidates.bound());
@@ -324,8 +324,8 @@ typename BaseFavoredRow<T>::Part BaseFavoredRow<T>::collect(int64_t segment, std
   Part part;
   const auto step = [&](int64_t i, int64_t n, MaskPair mask) __attribute__((always_inline)) {
     const auto x = pair.load(i, n);
-    const Pair d{x.b.first - x.a.first, x.b.second - x.a.second};  // NaN where entries are absent: no comparison holds
-    part.favored += count(both(mask, MaskPair{greater(d.first, threshold), greater(d.second, threshold)}));
+    const Pair d = x.b - x.a;  // NaN where entries are absent: no comparison holds
+    part.favored += count(both(mask, greater(d, threshold)));
     gather<T>(i, d, mask, candidates[0], bound);
   };
   const int64_t end = pair.cut.end(segment);

@@ -21,20 +21,20 @@ namespace DEEPALIGN_ISA {
 // 8 S(u) = x / (x / (4 log 2) + rest) with x = w over, in which x and rest are polynomials in w = u^2. The rest fades where
 // x grows, and with it every error but the last: relative error 4e-9 before rounding, 2.3e-7 with it (5e-8 in the root
 // mean square). Minimax for w in [0, 470]; from there on S is log(2) / 2 to 1e-8.
-DEEPALIGN_INLINE Float eight_shares(Float u) {
-  const Float w = min(u * u, splat(470.0f));
-  Float over = fma(w, splat(9.65636165e-12f), splat(2.62048538e-09f));
+DEEPALIGN_INLINE Pair eight_shares(Pair u) {
+  const Pair w = min(u * u, splat(470.0f));
+  Pair over = fma(w, splat(9.65636165e-12f), splat(2.62048538e-09f));
+  Pair rest = fma(w, splat(2.52954645e-12f), splat(-3.96603905e-09f));
   over = fma(w, over, splat(5.00257045e-07f));
-  over = fma(w, over, splat(5.06993638e-05f));
-  over = fma(w, over, splat(0.00287866942f));
-  over = fma(w, over, splat(0.0820081159f));
-  over = fma(w, over, splat(0.75f));
-  Float rest = fma(w, splat(2.52954645e-12f), splat(-3.96603905e-09f));
   rest = fma(w, rest, splat(2.4494766e-06f));
+  over = fma(w, over, splat(5.06993638e-05f));
   rest = fma(w, rest, splat(-0.000714621274f));
+  over = fma(w, over, splat(0.00287866942f));
   rest = fma(w, rest, splat(0.0810108855f));
+  over = fma(w, over, splat(0.0820081159f));
   rest = fma(w, rest, splat(1.5f));
-  const Float x = w * over;
+  over = fma(w, over, splat(0.75f));
+  const Pair x = w * over;
   return x / fma(x, splat(0.36067376f), rest);
 }
 
@@ -45,30 +45,31 @@ struct DivergenceAccumulators {
 
   // Not by initialisers: the constructor that they make would be compiled for the plain processor.
   void clear() { a = b = shares = splat(0); }
-  DEEPALIGN_INLINE void add(Float pa, Float pb, Float u) {
-    a = fma(pa, u, a);
-    b = fma(pb, u, b);
-    shares = fma(pa + pb, eight_shares(u), shares);
+  DEEPALIGN_INLINE void add(Pair pa, Pair pb, Pair u) {
+    a = add_products(a, pa, u);
+    b = add_products(b, pb, u);
+    shares = add_products(shares, pa + pb, eight_shares(u));
   }
 };
 
-// Pass 2 over one half of a step; both return which of its entries are base-favored.
+// Pass 2 over a step; both return which of its entries are base-favored.
 struct DivergenceScan {
   Exponential probability_a, probability_b;
   Float max_a, max_b;
   Float threshold, rest;  // lse(b) - lse(a), and what its rounding left
 
-  DEEPALIGN_INLINE Mask add(Float xa, Float xb, DivergenceAccumulators& sums) const {
-    const Float d = xb - xa;
+  DEEPALIGN_INLINE MaskPair add(Pair xa, Pair xb, DivergenceAccumulators& sums) const {
+    const Pair d = xb - xa;
     sums.add(probability_a(xa), probability_b(xb), d - threshold - rest);
     return greater(d, threshold);
   }
 
   // Under a mask, with maxima subtracted.
-  DEEPALIGN_INLINE Mask add(Float xa, Float xb, Mask mask, DivergenceAccumulators& sums) const {
-    const Float zero = splat(0), widest = splat(std::numeric_limits<float>::max()), d = xb - xa;
-    const Float u = max(zero - widest, min(widest, d - threshold - rest));  // finite: 0 u is 0 at logits of 1e38, too
-    const Float pa = probability_a(max(far_below(), xa - max_a)), pb = probability_b(max(far_below(), xb - max_b));
+  DEEPALIGN_INLINE MaskPair add(Pair xa, Pair xb, MaskPair mask, DivergenceAccumulators& sums) const {
+    const Float zero = splat(0), widest = splat(std::numeric_limits<float>::max());
+    const Pair d = xb - xa;
+    const Pair u = max(zero - widest, min(widest, d - threshold - rest));  // finite: 0 u is 0 at logits of 1e38, too
+    const Pair pa = probability_a(max(far_below(), xa - max_a)), pb = probability_b(max(far_below(), xb - max_b));
     sums.add(choose(mask, pa, zero), choose(mask, pb, zero), choose(mask, u, zero));
     return both(mask, greater(d, threshold));
   }
@@ -139,24 +140,20 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
     int64_t i = begin;
     for (; !pair.careful && i + kStep <= end; i += kStep) {
       const Pair xa = load_pair(pair.a + i), xb = load_pair(pair.b + i);
-      favored += count(MaskPair{scan.add(xa.first, xb.first, plain), scan.add(xa.second, xb.second, plain)});
+      favored += count(scan.add(xa, xb, plain));
       gather<T>(i, xa, all, candidates[0], bound_a);
       gather<T>(i, xb, all, candidates[1], bound_b);
-      if constexpr (kRanks == kByAll) {
-        gather<T>(i, Pair{xb.first - xa.first, xb.second - xa.second}, all, candidates[2], bound_d);
-      }
+      if constexpr (kRanks == kByAll) gather<T>(i, xb - xa, all, candidates[2], bound_d);
     }
     sums.add(plain);
     if (i == end) continue;
     for (; i < end; i += kStep) {
       const auto x = pair.load(i, end - i);
       const MaskPair mask = both(first_entries<T>(end - i), pair.present(x));
-      favored += count(MaskPair{scan.add(x.a.first, x.b.first, mask.first, masked), scan.add(x.a.second, x.b.second, mask.second, masked)});
+      favored += count(scan.add(x.a, x.b, mask, masked));
       gather<T>(i, x.a, mask, candidates[0], bound_a);
       gather<T>(i, x.b, mask, candidates[1], bound_b);
-      if constexpr (kRanks == kByAll) {
-        gather<T>(i, Pair{x.b.first - x.a.first, x.b.second - x.a.second}, mask, candidates[2], bound_d);
-      }
+      if constexpr (kRanks == kByAll) gather<T>(i, x.b - x.a, mask, candidates[2], bound_d);
     }
     sums.add(masked);
   }

@@ -58,9 +58,7 @@ DEEPALIGN_INLINE Float far_below() { return splat(float(-200.0 / kLog2E)); }
 // Pass 1 over a step.
 template <int kRankings>
 struct PairScan {
-  // Where only differences are ranked, the sums are for the count alone.
-  using Exp = std::conditional_t<kRankings == kByDifference, CoarseExponential, Exponential>;
-  Exp exp_a, exp_b;
+  Exponential exp_a, exp_b;
   Float max_a, max_b;
   bool careful;
 
@@ -168,9 +166,8 @@ void ModelPair<T, kRankings>::start_carefully() {
 template <class T, int kRankings>
 PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>& maxima) const {
   const float bits = float(kLog2E);
-  using Scan = PairScan<kRankings>;
-  const Scan scan{typename Scan::Exp(bits, offsets.a), typename Scan::Exp(bits, offsets.b), splat(offsets.max_a),
-                  splat(offsets.max_b), careful};
+  const PairScan<kRankings> scan{
+      Exponential(bits, offsets.a), Exponential(bits, offsets.b), splat(offsets.max_a), splat(offsets.max_b), careful};
   PairLaneSums sums;
   for (int64_t begin = cut.begin(segment); begin < cut.end(segment); begin += cut.block) {
     const int64_t end = std::min(begin + cut.block, cut.end(segment));

@@ -30,12 +30,12 @@ struct LossSums {
   double s = 0, t = 0, r = 0, b = 0;  // 2^(scale x - offset)
   double divergence = 0;              // p (s - t), or q (t - s), unnormalised
   double logits = 0;                  // s
-  LossPeak peak_s, peak_t;
+  LossPeak peak_s, peak_t, peak_r, peak_b;
 
   void operator+=(const LossSums& other) {
     s += other.s, t += other.t, r += other.r, b += other.b;
     divergence += other.divergence, logits += other.logits;
-    peak_s.see(other.peak_s), peak_t.see(other.peak_t);
+    peak_s.see(other.peak_s), peak_t.see(other.peak_t), peak_r.see(other.peak_r), peak_b.see(other.peak_b);
   }
 };
 
@@ -92,8 +92,7 @@ struct LossScan {
 struct LossMaskedScan {
   static constexpr bool kPlain = false;
   LossMix mix;
-  Exponential exp_s, exp_t;
-  CoarseExponential exp_r, exp_b;
+  Exponential exp_s, exp_t, exp_r, exp_b;
   Float max_s, max_t, max_r, max_b;
   Float floor;  // far below every maximum: its exponential is 0
   bool careful;
@@ -135,23 +134,30 @@ struct LossLanePeak {
 
 struct LossLaneSums {
   LaneSum s, t, r, b, divergence, logits;
-  LossLanePeak peak_s, peak_t;
+  LossLanePeak peak_s, peak_t, peak_r, peak_b;
   int64_t block;
 
   explicit LossLaneSums(int64_t block) : block(block) {
-    peak_s.mass = peak_s.number = peak_t.mass = peak_t.number = splat(0);
+    for (LossLanePeak* peak : {&peak_s, &peak_t, &peak_r, &peak_b}) peak->mass = peak->number = splat(0);
   }
   template <bool kPlain>
   DEEPALIGN_INLINE void add(const LossAccumulators& sums, int64_t begin) {
     s.add(sums.s), t.add(sums.t), r.add(sums.r), b.add(sums.b), divergence.add(sums.divergence);
     if (!kPlain) logits.add(sums.logits);
     const Float number = splat(float(uint32_t(begin) / uint32_t(block)));
-    peak_s.see(sums.s, number), peak_t.see(sums.t, number);
+    peak_s.see(sums.s, number), peak_t.see(sums.t, number), peak_r.see(sums.r, number), peak_b.see(sums.b, number);
   }
   LossSums total() const {
-    return {s.total(),          t.total(),      r.total(),
-            b.total(),          divergence.total(), logits.total(),
-            peak_s.of_all_lanes(block), peak_t.of_all_lanes(block)};
+    return {s.total(),
+            t.total(),
+            r.total(),
+            b.total(),
+            divergence.total(),
+            logits.total(),
+            peak_s.of_all_lanes(block),
+            peak_t.of_all_lanes(block),
+            peak_r.of_all_lanes(block),
+            peak_b.of_all_lanes(block)};
   }
 };
 

@@ -62,6 +62,7 @@ class CompletionLossRow {
   template <bool kPlain>
   LossScan<kPlain> ordinary_scan() const;
   LossMaskedScan masked_scan() const;
+  LossSums scan_again(int64_t begin) const;
   LossSums refined(LossSums sums) const;
   LossSums scan_exactly(int64_t begin) const;
   PeakSteps peak_steps(int64_t begin) const;
@@ -172,8 +173,8 @@ LossMaskedScan CompletionLossRow<T>::masked_scan() const {
   return LossMaskedScan{mix(),
                         Exponential(scale_, offsets_.s),
                         Exponential(scale_, offsets_.t),
-                        CoarseExponential(bits, offsets_.r),
-                        CoarseExponential(bits, offsets_.b),
+                        Exponential(bits, offsets_.r),
+                        Exponential(bits, offsets_.b),
                         splat(offsets_.max_s),
                         splat(offsets_.max_t),
                         splat(offsets_.max_r),
@@ -291,17 +292,23 @@ void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums&
   }
 }
 
-// Puts the exact sums of the blocks that hold much of the mass in the place of the rounded ones.
+// A block's sums as pass 1 took them.
+template <class T>
+LossSums CompletionLossRow<T>::scan_again(int64_t begin) const {
+  LossLaneSums sums(cut_.block);
+  if (careful_) {
+    scan_block(masked_scan(), begin, sums);
+  } else {
+    plain_ ? scan_block(ordinary_scan<true>(), begin, sums) : scan_block(ordinary_scan<false>(), begin, sums);
+  }
+  return sums.total();
+}
+
+// Puts better sums of the blocks that hold much of the mass in the place of the rounded ones.
 template <class T>
 LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   const auto refine = [&](int64_t begin) {
-    LossLaneSums rounded(cut_.block);
-    if (careful_) {
-      scan_block(masked_scan(), begin, rounded);
-    } else {
-      plain_ ? scan_block(ordinary_scan<true>(), begin, rounded) : scan_block(ordinary_scan<false>(), begin, rounded);
-    }
-    const LossSums before = rounded.total(), after = scan_exactly(begin);
+    const LossSums before = scan_again(begin), after = scan_exactly(begin);
     sums.s += after.s - before.s, sums.t += after.t - before.t;
     sums.divergence += after.divergence - before.divergence;
   };
@@ -309,6 +316,18 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   const bool refine_s = s.mass > sums.s / 64, refine_t = t.mass > sums.t / 64 && !(refine_s && t.begin == s.begin);
   if (refine_s) refine(s.begin);
   if (refine_t) refine(t.begin);
+  if (careful_) return sums;
+  // Those that pass 1 took coarsely; they only set the threshold of the count.
+  const auto refine_pair = [&](int64_t begin) {
+    LossLaneSums fine(cut_.block);
+    scan_block(masked_scan(), begin, fine);
+    const LossSums before = scan_again(begin), after = fine.total();
+    sums.r += after.r - before.r, sums.b += after.b - before.b;
+  };
+  const LossPeak r = sums.peak_r, b = sums.peak_b;
+  const bool refine_r = r.mass > sums.r / 4, refine_b = b.mass > sums.b / 4 && !(refine_r && b.begin == r.begin);
+  if (refine_r) refine_pair(r.begin);
+  if (refine_b) refine_pair(b.begin);
   return sums;
 }
 

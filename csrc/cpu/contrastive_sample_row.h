@@ -9,11 +9,21 @@ namespace DEEPALIGN_ISA {
 
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
-// A row's sums of exp(a - origin_a) and exp(b - origin_b), times a power of two; `spread` is finite just where all
-// entries are.
+// Sums of exp(a - origin_a) and exp(b - origin_b), times a power of two, of some entries; `spread` is finite just where
+// all of them are, `largest` is their largest a.
 struct SampleSums {
   double a = 0, b = 0, spread = 0;
-  void operator+=(const SampleSums& other) { a += other.a, b += other.b, spread += other.spread; }
+  float largest = -kInfinity;
+  void operator+=(const SampleSums& other) {
+    a += other.a, b += other.b, spread += other.spread, largest = std::max(largest, other.largest);
+  }
+  bool in_range() const { return a > 0x1p-100 && a < 0x1p100 && b > 0x1p-100 && b < 0x1p100; }
+};
+
+// The beginnings of steps, ascending.
+struct SampleSteps {
+  int32_t* begin = nullptr;
+  int64_t size = 0;
 };
 
 struct SampleBlock {
@@ -94,12 +104,20 @@ class ContrastiveSampleRow {
   bool bad() const { return bad_; }
   bool ordinary() const { return !careful_; }
   void start_carefully();
-  SampleSums scan(int64_t segment, GroupMaxima& maxima) const;
+  SampleSums scan(int64_t begin, int64_t end, GroupMaxima& maxima) const;
   bool conclude(const SampleSums& sums);  // false: the sums are no use, start carefully
-  float bound(const GroupMaxima& maxima, int64_t k) const;
+  float bound(const GroupMaxima& maxima, int64_t k, float largest) const;
 
-  // The rest after `conclude`, and all but `collect` after `set_largest`.
-  void collect(int64_t segment, float below, Candidates& candidates) const;  // bound <= x < below
+  // In place of a scan of all (contrastive_sample_sift.h).
+  bool set_large(const SampleSums& head, float bound);
+  SampleSums sift(int64_t begin, int64_t end, SampleSteps& large) const;
+  SampleSums weigh(const SampleSteps& large, GroupMaxima& maxima) const;
+  bool conclude_roughly(const SampleSums& exact, const SampleSums& rough);
+
+  // The rest after one of the conclusions, and all but `collect` after `set_largest`. What is collected is what has
+  // bound <= x < below; the result says whether an entry of it is in doubt.
+  bool collect(int64_t begin, int64_t end, float below, Candidates& candidates) const;
+  bool collect(const SampleSteps& large, Candidates& candidates) const;
   void set_largest(float x);
   void tally(int64_t segment, float cut) const;
   void offer(int64_t block, float cut, int64_t ties, SampleDraw& draw) const;
@@ -108,6 +126,7 @@ class ContrastiveSampleRow {
 
  private:
   Pair contrasted(int64_t i, int64_t n) const;
+  bool collect_step(int64_t i, float below, Candidates& candidates) const;
   Pair weights(Pair x) const;
   template <bool kAll>
   void tally_block(SampleBlock& block, int64_t begin, int64_t end, float cut) const;
@@ -123,6 +142,7 @@ class ContrastiveSampleRow {
   const float alpha_, scale_, floor_;
   bool careful_ = false, bad_ = false, exact_ = false;
   float origin_a_ = 0.0f, origin_b_ = 0.0f, start_ = 0.0f, largest_ = 0.0f;
+  float large_a_ = 0.0f, large_b_ = 0.0f, doubt_above_ = kInfinity;
   int offset_ = 0;
   double threshold_ = 0.0;
   Contrast contrast_;
@@ -174,13 +194,14 @@ void ContrastiveSampleRow<T>::start_carefully() {
 // What is ranked is a lower bound for x: a - alpha max(d, start), to which `bound` adds alpha min(start, threshold). In
 // logits, start is 0; in log-probabilities, a guess of the threshold.
 template <class T>
-SampleSums ContrastiveSampleRow<T>::scan(int64_t segment, GroupMaxima& maxima) const {
+SampleSums ContrastiveSampleRow<T>::scan(int64_t first, int64_t last, GroupMaxima& maxima) const {
   const float bits = float(kLog2E), start = args_.log_space ? origin_b_ - origin_a_ : 0.0f;
   SampleScan scan{Exponential(bits, offset_), splat(origin_a_), splat(origin_b_), splat(-alpha_), splat(start),
                   splat(-200.0f / bits), splat(0), splat(0), splat(0), splat(0), {splat(0), splat(0)}};
   LaneSum sum_a, sum_b, spread;
-  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
-    const int64_t end = std::min(begin + cut_.block, cut_.size);
+  float largest = -kInfinity;
+  for (int64_t begin = first; begin < last; begin += cut_.block) {
+    const int64_t end = std::min(begin + cut_.block, last);
     int64_t i = begin;
     scan.clear();
     for (; !careful_ && i + kStep <= end; i += kStep) {
@@ -197,32 +218,30 @@ SampleSums ContrastiveSampleRow<T>::scan(int64_t segment, GroupMaxima& maxima) c
     }
     sum_a.add(scan.a), sum_b.add(scan.b), spread.add(scan.spread);
     maxima.merge_block(begin, scan.lowered);
-    block_at(begin).peak = largest_lane(scan.peak);
+    const float peak = block_at(begin).peak = largest_lane(scan.peak);
+    largest = std::max(largest, peak);
   }
-  return {sum_a.total(), sum_b.total(), spread.total()};
+  return {sum_a.total(), sum_b.total(), spread.total(), largest};
 }
 
 template <class T>
 bool ContrastiveSampleRow<T>::conclude(const SampleSums& sums) {
-  const bool usable = std::abs(sums.spread) < double(kInfinity) && sums.a > 0x1p-100 && sums.a < 0x1p100 &&
-                      sums.b > 0x1p-100 && sums.b < 0x1p100;
-  if (!usable && !careful_) return false;
+  if (!(std::abs(sums.spread) < double(kInfinity) && sums.in_range()) && !careful_) return false;
   start_ = args_.log_space ? origin_b_ - origin_a_ : 0.0f;
   threshold_ = (std::log(sums.b) - std::log(sums.a)) + (double(origin_b_) - double(origin_a_));
   const float threshold = float(threshold_);
   contrast_.alpha = splat(alpha_);
   contrast_.shift = splat(args_.log_space ? threshold : 0.0f);
+  doubt_above_ = kInfinity;
   contrast_.limit = splat(!(alpha_ > 0.0f) ? kInfinity : args_.log_space ? threshold : std::max(threshold, 0.0f));
   return true;
 }
 
 // A value that at least k entries x reach, -infinity if none is known.
 template <class T>
-float ContrastiveSampleRow<T>::bound(const GroupMaxima& maxima, int64_t k) const {
+float ContrastiveSampleRow<T>::bound(const GroupMaxima& maxima, int64_t k, float largest) const {
   const double lowered = maxima.bound(k), alpha = alpha_;
-  double largest = 0.0;
-  for (const SampleBlock& block : blocks_) largest = std::max(largest, double(block.peak));
-  const double rounding = std::abs(lowered) + largest + alpha * (std::abs(start_) + std::abs(threshold_));
+  const double rounding = std::abs(lowered) + std::max(largest, 0.0f) + alpha * (std::abs(start_) + std::abs(threshold_));
   const double sure = lowered + (args_.log_space ? alpha * std::min(double(start_), threshold_) : 0.0) - 0x1p-19 * rounding;
   return sure > -kLargestFloat ? float(sure) : -kLargestFloat;
 }
@@ -244,21 +263,32 @@ DEEPALIGN_INLINE Pair ContrastiveSampleRow<T>::contrasted(int64_t i, int64_t n) 
 }
 
 template <class T>
-void ContrastiveSampleRow<T>::collect(int64_t segment, float below, Candidates& candidates) const {
-  const Float limit = splat(below);
-  Float bound = splat(candidates.bound());
-  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
+DEEPALIGN_INLINE bool ContrastiveSampleRow<T>::collect_step(int64_t i, float below, Candidates& candidates) const {
+  const Float bound = splat(candidates.bound()), limit = splat(below);
+  const int64_t n = cut_.size - i;
+  const Pair a = load_step(a_ + i, n);
+  if (!any(MaskPair{greater_equal(a.first, bound), greater_equal(a.second, bound)})) return false;  // x <= a
+  const Pair x = contrasted(i, n), b = load_step(b_ + i, n);
+  const MaskPair chosen = both(MaskPair{greater_equal(x.first, bound), greater_equal(x.second, bound)},
+                               MaskPair{greater(limit, x.first), greater(limit, x.second)});
+  if (!any(chosen)) return false;
+  candidates.add<T>(i, chosen, x, x, x);
+  const Pair d{b.first - a.first, b.second - a.second};
+  const Float above = splat(doubt_above_), upto = contrast_.limit;
+  return any(both(chosen, MaskPair{both(greater(d.first, above), greater_equal(upto, d.first)),
+                                   both(greater(d.second, above), greater_equal(upto, d.second))}));
+}
+
+template <class T>
+bool ContrastiveSampleRow<T>::collect(int64_t first, int64_t last, float below, Candidates& candidates) const {
+  bool doubt = false;
+  for (int64_t begin = first; begin < last; begin += cut_.block) {
     if (!(block_at(begin).peak >= candidates.bound())) continue;
-    for (int64_t i = begin, end = std::min(begin + cut_.block, cut_.size); i < end; i += kStep) {
-      const Pair x = contrasted(i, end - i);
-      const MaskPair chosen = both(MaskPair{greater_equal(x.first, bound), greater_equal(x.second, bound)},
-                                   MaskPair{greater(limit, x.first), greater(limit, x.second)});
-      if (any(chosen)) {
-        candidates.add<T>(i, chosen, x, x, x);
-        bound = splat(candidates.bound());
-      }
+    for (int64_t i = begin, end = std::min(begin + cut_.block, last); i < end; i += kStep) {
+      doubt |= collect_step(i, below, candidates);
     }
   }
+  return doubt;
 }
 
 // ---- weights exp((x - largest) / temperature)
@@ -374,3 +404,5 @@ void ContrastiveSampleRow<T>::unpack(Pair x, float* to) {
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign
+
+#include "contrastive_sample_sift.h"

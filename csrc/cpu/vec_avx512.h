@@ -38,6 +38,7 @@ DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b
 DEEPALIGN_INLINE Mask all_lanes() { return Mask(0xffff); }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1u); }
 DEEPALIGN_INLINE bool any(MaskPair mask) { return (mask.first | mask.second) != 0; }
+DEEPALIGN_INLINE bool all(MaskPair mask) { return Mask(mask.first & mask.second) == Mask(0xffff); }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(mask); }
 DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(uint32_t(mask.second) << 16 | mask.first); }
 DEEPALIGN_INLINE float largest_lane(Float x) { return _mm512_reduce_max_ps(x); }
@@ -107,6 +108,9 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
 }
+
+// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, and for NaN, NaN.
+DEEPALIGN_INLINE Float of_bits(Float x) { return _mm512_castsi512_ps(_mm512_cvtps_epu32(x)); }
 
 // factor * 2^(scale x - offset): a table of 32 entries times a polynomial of degree 2, relative error 1e-7.
 //

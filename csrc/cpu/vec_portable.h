@@ -63,6 +63,10 @@ DEEPALIGN_INLINE bool any(MaskPair mask) {
   const LongBits halves = LongBits(mask.first | mask.second);
   return (halves[0] | halves[1]) != 0;
 }
+DEEPALIGN_INLINE bool all(MaskPair mask) {
+  const LongBits halves = LongBits(mask.first & mask.second);
+  return (halves[0] & halves[1]) == ~uint64_t(0);
+}
 DEEPALIGN_INLINE int64_t sum_of_lanes(Mask x) {  // none of them negative
   const LongBits halves = LongBits(x);
   const uint64_t sums = halves[0] + halves[1];
@@ -139,6 +143,12 @@ DEEPALIGN_INLINE void append(int32_t* to, Mask mask, int32_t first_index, int32_
 // sums[lane] += x[lane], in double.
 DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]);
+}
+
+// The float whose bits are the integer next to x, for x in [0, 2^31); below that, and for NaN, NaN.
+DEEPALIGN_INLINE Float of_bits(Float x) {
+  const Mask fits = (x >= 0.0f) & (x < 0x1p31f);
+  return Float((fits ? __builtin_convertvector(fits ? x : splat(0), Mask) : ~fits));
 }
 
 // factor * 2^(scale x - offset), scale > 0: a polynomial of degree 6, relative error 1.5e-7.

@@ -262,35 +262,6 @@ DEEPALIGN_INLINE Pair ContrastiveSampleRow<T>::contrasted(int64_t i, int64_t n) 
   return x;
 }
 
-template <class T>
-DEEPALIGN_INLINE bool ContrastiveSampleRow<T>::collect_step(int64_t i, float below, Candidates& candidates) const {
-  const Float bound = splat(candidates.bound()), limit = splat(below);
-  const int64_t n = cut_.size - i;
-  const Pair a = load_step(a_ + i, n);
-  if (!any(MaskPair{greater_equal(a.first, bound), greater_equal(a.second, bound)})) return false;  // x <= a
-  const Pair x = contrasted(i, n), b = load_step(b_ + i, n);
-  const MaskPair chosen = both(MaskPair{greater_equal(x.first, bound), greater_equal(x.second, bound)},
-                               MaskPair{greater(limit, x.first), greater(limit, x.second)});
-  if (!any(chosen)) return false;
-  candidates.add<T>(i, chosen, x, x, x);
-  const Pair d{b.first - a.first, b.second - a.second};
-  const Float above = splat(doubt_above_), upto = contrast_.limit;
-  return any(both(chosen, MaskPair{both(greater(d.first, above), greater_equal(upto, d.first)),
-                                   both(greater(d.second, above), greater_equal(upto, d.second))}));
-}
-
-template <class T>
-bool ContrastiveSampleRow<T>::collect(int64_t first, int64_t last, float below, Candidates& candidates) const {
-  bool doubt = false;
-  for (int64_t begin = first; begin < last; begin += cut_.block) {
-    if (!(block_at(begin).peak >= candidates.bound())) continue;
-    for (int64_t i = begin, end = std::min(begin + cut_.block, last); i < end; i += kStep) {
-      doubt |= collect_step(i, below, candidates);
-    }
-  }
-  return doubt;
-}
-
 // ---- weights exp((x - largest) / temperature)
 
 template <class T>

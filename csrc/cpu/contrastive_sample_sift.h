@@ -1,7 +1,7 @@
 // Pass 1 of the sampler where few entries are kept and the threshold lse(b) - lse(a) only decides for them on which side of
 // it they are: then an interval that holds the threshold does, unless a candidate falls into it.
 //
-//   head    the first eighth of the row is scanned as ever. At least k entries reach the bound that its maxima give, so an
+//   head    the first part of the row, an eighth or more, is scanned as ever. At least k entries reach the bound that its maxima give, so an
 //           entry below it, in a, is none of the k largest; and its sums tell which entries hardly weigh.
 //   sift    of the rest, what is small in both respects is summed roughly, with three instructions an entry instead of
 //           eight; steps that hold anything larger are listed.
@@ -68,18 +68,22 @@ SampleSums ContrastiveSampleRow<T>::weigh(const SampleSteps& large, GroupMaxima&
   const Float minus_alpha = splat(-alpha_), origin_b = splat(origin_b_), zero = splat(0), lowest = splat(-kInfinity);
   const Float large_a = splat(large_a_), large_b = splat(large_b_);
   Float sum_a = zero, sum_b = zero, peak = lowest;
+  Pair lowered{lowest, lowest};
   LaneSum total_a, total_b;
-  const auto add = [&](Float a, Float b) __attribute__((always_inline)) {
+  const auto add = [&](Float a, Float b, Float& most) __attribute__((always_inline)) {
     sum_a = sum_a + choose(greater(large_a, a), zero, exp(a));
     sum_b = sum_b + choose(greater(large_b, b), zero, exp(b - origin_b));
     peak = max(a, peak);
-    return fma(minus_alpha, max(b - a, zero), a);
+    most = max(fma(minus_alpha, max(b - a, zero), a), most);
   };
   for (int64_t j = 0; j < large.size; ++j) {
     const int32_t i = large.begin[j];
     const Pair a = load_pair(a_ + i), b = load_pair(b_ + i);
-    const Pair lowered{add(a.first, b.first), add(a.second, b.second)};
-    maxima.merge_block(j * cut_.block, lowered);  // any entries make a group
+    add(a.first, b.first, lowered.first), add(a.second, b.second, lowered.second);
+    if (j % 4 == 3 || j + 1 == large.size) {  // any entries make a group
+      maxima.merge_block(j / 4 * cut_.block, lowered);
+      lowered = {lowest, lowest};
+    }
     if (j % 32 == 31 || j + 1 == large.size) {
       total_a.add(sum_a), total_b.add(sum_b);
       sum_a = sum_b = zero;
@@ -103,6 +107,37 @@ bool ContrastiveSampleRow<T>::conclude_roughly(const SampleSums& exact, const Sa
   contrast_.limit = splat(lowers ? std::max(float(most + rounding), 0.0f) : kInfinity);
   doubt_above_ = lowers ? std::max(float(least - rounding), 0.0f) : kInfinity;
   return true;
+}
+
+// ---- candidates, of a row that was sifted or scanned
+
+template <class T>
+DEEPALIGN_INLINE bool ContrastiveSampleRow<T>::collect_step(int64_t i, float below, Candidates& candidates) const {
+  const Float bound = splat(candidates.bound()), limit = splat(below);
+  const int64_t n = cut_.size - i;
+  const Pair a = load_step(a_ + i, n);
+  if (!any(MaskPair{greater_equal(a.first, bound), greater_equal(a.second, bound)})) return false;  // x <= a
+  const Pair x = contrasted(i, n), b = load_step(b_ + i, n);
+  const MaskPair chosen = both(MaskPair{greater_equal(x.first, bound), greater_equal(x.second, bound)},
+                               MaskPair{greater(limit, x.first), greater(limit, x.second)});
+  if (!any(chosen)) return false;
+  candidates.add<T>(i, chosen, x, x, x);
+  const Pair d{b.first - a.first, b.second - a.second};
+  const Float above = splat(doubt_above_), upto = contrast_.limit;
+  return any(both(chosen, MaskPair{both(greater(d.first, above), greater_equal(upto, d.first)),
+                                   both(greater(d.second, above), greater_equal(upto, d.second))}));
+}
+
+template <class T>
+bool ContrastiveSampleRow<T>::collect(int64_t first, int64_t last, float below, Candidates& candidates) const {
+  bool doubt = false;
+  for (int64_t begin = first; begin < last; begin += cut_.block) {
+    if (!(block_at(begin).peak >= candidates.bound())) continue;
+    for (int64_t i = begin, end = std::min(begin + cut_.block, last); i < end; i += kStep) {
+      doubt |= collect_step(i, below, candidates);
+    }
+  }
+  return doubt;
 }
 
 template <class T>

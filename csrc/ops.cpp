@@ -3,9 +3,12 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "check.h"
 
@@ -18,8 +21,15 @@ Parallel parallel() {
           }};
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+// Straight from the allocator: torch::stable::new_empty finds its op by name every time and goes through the dispatcher.
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[2] = {1, 1};
+  if (sizes.size() == 2) strides[0] = std::max<int64_t>(1, sizes.begin()[1]);
+  const auto type = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  AtenTensorHandle created;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, type,
+                                                         aoti_torch_device_type_cpu(), 0, &created));
+  return Tensor(created);
 }
 
 template <class T>
@@ -55,9 +65,9 @@ LossOutputs completion_loss(const Tensor& student, const Tensor& aligned, const 
     const Logits out = check_logits("gradient", *gradient, student);
     args.gradient = const_cast<void*>(out.data), args.gradient_stride = out.row_stride;
   }
-  LossOutputs out{empty(student, {args.rows}, ScalarType::Float), empty(student, {args.rows}, ScalarType::Float),
-                  empty(student, {args.rows}, ScalarType::Float), empty(student, {args.rows}, ScalarType::Float),
-                  empty(student, {args.rows}, ScalarType::Long), empty(student, {args.rows, args.top_k}, ScalarType::Long)};
+  LossOutputs out{empty({args.rows}, ScalarType::Float), empty({args.rows}, ScalarType::Float),
+                  empty({args.rows}, ScalarType::Float), empty({args.rows}, ScalarType::Float),
+                  empty({args.rows}, ScalarType::Long), empty({args.rows, args.top_k}, ScalarType::Long)};
   args.loss = data<float>(out.loss), args.kl = data<float>(out.kl), args.completion = data<float>(out.completion);
   args.alpha = data<float>(out.alpha), args.count = data<int64_t>(out.count), args.indices = data<int64_t>(out.indices);
   kernels().completion_loss(args, parallel());
@@ -80,7 +90,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completion_lo
     bool teacher_student, bool favored_from_student, bool centered_square, int64_t vocab_size, bool with_gradient) {
   const CompletionLossArgs args = loss_options(top_k, teacher_mix, temperature, alpha_base, gamma, lambda_reg, teacher_student,
                                                favored_from_student, centered_square, vocab_size);
-  Tensor gradient = empty(student, {with_gradient ? student.size(0) : 0, student.size(1)}, student.scalar_type());
+  Tensor gradient = empty({with_gradient ? student.size(0) : 0, student.size(1)}, student.scalar_type());
   const LossOutputs out =
       completion_loss(student, aligned, base, kl_weight, completion_weight, given, args, with_gradient ? &gradient : nullptr);
   return {out.loss, out.kl, out.completion, out.alpha, out.count, out.indices, gradient};
@@ -116,12 +126,12 @@ struct DivergenceOutputs {
   Tensor kl, reverse_kl, jsd, overlap, count, in_top;
 };
 
-DivergenceOutputs divergence_outputs(PositionDivergenceArgs& args, const Tensor& like, int64_t top_n) {
+DivergenceOutputs divergence_outputs(PositionDivergenceArgs& args, int64_t top_n) {
   check_top("top_n", top_n, args.vocab_size);
   args.top_n = top_n;
-  DivergenceOutputs out{empty(like, {args.rows}, ScalarType::Float), empty(like, {args.rows}, ScalarType::Float),
-                        empty(like, {args.rows}, ScalarType::Float), empty(like, {args.rows}, ScalarType::Float),
-                        empty(like, {args.rows}, ScalarType::Long),  empty(like, {args.rows}, ScalarType::Long)};
+  DivergenceOutputs out{empty({args.rows}, ScalarType::Float), empty({args.rows}, ScalarType::Float),
+                        empty({args.rows}, ScalarType::Float), empty({args.rows}, ScalarType::Float),
+                        empty({args.rows}, ScalarType::Long),  empty({args.rows}, ScalarType::Long)};
   args.kl = data<float>(out.kl), args.reverse_kl = data<float>(out.reverse_kl), args.jsd = data<float>(out.jsd);
   args.top_overlap = data<float>(out.overlap), args.favored_count = data<int64_t>(out.count);
   args.favored_in_top = data<int64_t>(out.in_top);
@@ -131,7 +141,7 @@ DivergenceOutputs divergence_outputs(PositionDivergenceArgs& args, const Tensor&
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> position_divergence(Tensor aligned, Tensor base, int64_t top_n,
                                                                                int64_t vocab_size) {
   auto args = pair_of_models<PositionDivergenceArgs>(aligned, base, vocab_size);
-  const DivergenceOutputs out = divergence_outputs(args, aligned, top_n);
+  const DivergenceOutputs out = divergence_outputs(args, top_n);
   kernels().position_divergence(args, parallel());
   return {out.kl, out.reverse_kl, out.jsd, out.overlap, out.count, out.in_top};
 }
@@ -139,11 +149,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> position_divergence(T
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> position_statistics(
     Tensor aligned, Tensor base, int64_t top_n, int64_t top_k, int64_t vocab_size) {
   auto args = pair_of_models<PositionDivergenceArgs>(aligned, base, vocab_size);
-  const DivergenceOutputs out = divergence_outputs(args, aligned, top_n);
+  const DivergenceOutputs out = divergence_outputs(args, top_n);
   check_top("top_k", top_k, vocab_size);
   args.top_k = top_k;
-  Tensor in_base_top = empty(aligned, {args.rows}, ScalarType::Long);
-  Tensor tokens = empty(aligned, {args.rows, top_k}, ScalarType::Long);
+  Tensor in_base_top = empty({args.rows}, ScalarType::Long);
+  Tensor tokens = empty({args.rows, top_k}, ScalarType::Long);
   args.favored_in_base_top = data<int64_t>(in_base_top), args.favored_tokens = data<int64_t>(tokens);
   kernels().position_statistics(args, parallel());
   return {out.kl, out.reverse_kl, out.jsd, out.overlap, out.count, out.in_top, in_base_top, tokens};
@@ -153,9 +163,9 @@ std::tuple<Tensor, Tensor, Tensor> base_favored_tokens(Tensor aligned, Tensor ba
   auto args = pair_of_models<BaseFavoredTokensArgs>(aligned, base, vocab_size);
   check_top("top_k", top_k, vocab_size);
   args.top_k = top_k;
-  Tensor indices = empty(aligned, {args.rows, top_k}, ScalarType::Long);
-  Tensor differences = empty(aligned, {args.rows, top_k}, ScalarType::Float);
-  Tensor count = empty(aligned, {args.rows}, ScalarType::Long);
+  Tensor indices = empty({args.rows, top_k}, ScalarType::Long);
+  Tensor differences = empty({args.rows, top_k}, ScalarType::Float);
+  Tensor count = empty({args.rows}, ScalarType::Long);
   args.indices = data<int64_t>(indices), args.differences = data<float>(differences), args.count = data<int64_t>(count);
   kernels().base_favored_tokens(args, parallel());
   return {indices, differences, count};
@@ -165,16 +175,24 @@ std::tuple<Tensor, Tensor, Tensor> base_favored_tokens(Tensor aligned, Tensor ba
 
 std::tuple<Tensor, Tensor> contrastive_sample(Tensor aligned, Tensor base, Tensor uniforms, double alpha, double temperature,
                                               int64_t top_k, double top_p, double min_p, bool log_space, int64_t vocab_size) {
-  STD_TORCH_CHECK(alpha >= 0 && temperature >= 0, "deepalign: alpha and temperature must not be negative");
+  STD_TORCH_CHECK(alpha >= 0 && temperature >= 0 && std::isfinite(alpha) && std::isfinite(temperature),
+                  "deepalign: alpha and temperature must be finite and not negative");
   STD_TORCH_CHECK(top_p > 0 && top_p <= 1, "deepalign: top_p must be in (0, 1]");
   STD_TORCH_CHECK(min_p >= 0 && min_p <= 1, "deepalign: min_p must be in [0, 1]");
   auto args = pair_of_models<ContrastiveSampleArgs>(aligned, base, vocab_size);
   if (top_k != 0) check_top("top_k", top_k, vocab_size);
-  args.uniforms = check_per_row<double>("uniforms", uniforms, ScalarType::Double, args.rows);
+  STD_TORCH_CHECK(uniforms.dim() == 1, "deepalign: uniforms must be (rows,)");
+  std::vector<double> converted;
+  if (uniforms.scalar_type() == ScalarType::Float) {
+    const float* given = check_per_row<float>("uniforms", uniforms, ScalarType::Float, args.rows);
+    converted.assign(given, given + args.rows), args.uniforms = converted.data();
+  } else {
+    args.uniforms = check_per_row<double>("uniforms", uniforms, ScalarType::Double, args.rows);
+  }
   args.alpha = alpha, args.temperature = temperature, args.log_space = log_space;
   args.top_k = top_k, args.top_p = top_p, args.min_p = min_p;
-  Tensor token_ids = empty(aligned, {args.rows}, ScalarType::Long);
-  Tensor logprobs = empty(aligned, {args.rows}, ScalarType::Float);
+  Tensor token_ids = empty({args.rows}, ScalarType::Long);
+  Tensor logprobs = empty({args.rows}, ScalarType::Float);
   args.token_ids = data<int64_t>(token_ids), args.logprobs = data<float>(logprobs);
   kernels().contrastive_sample(args, parallel());
   return {token_ids, logprobs};
@@ -218,7 +236,7 @@ Tensor row_levels(Tensor matrix) {
   STD_TORCH_CHECK(matrix.is_cpu() && matrix.dim() == 2 && matrix.scalar_type() == ScalarType::Float,
                   "deepalign: matrix must be a float32 CPU matrix");
   STD_TORCH_CHECK(matrix.size(1) <= 1 || matrix.stride(1) == 1, "deepalign: matrix must be contiguous in its columns");
-  Tensor levels = empty(matrix, {matrix.size(0)}, ScalarType::Float);
+  Tensor levels = empty({matrix.size(0)}, ScalarType::Float);
   kernels().row_levels(data<float>(matrix), matrix.stride(0), matrix.size(0), matrix.size(1), data<float>(levels), parallel());
   return levels;
 }

@@ -4,6 +4,9 @@
 // also ranks a lower bound of x, whose group maxima bound the k-th largest x from below, and keeps the largest a of each
 // block, which bounds its x from above. The blocks that can hold one of the k largest x are few; only they are read again.
 //
+// That first pass is cheaper where only k entries need to know on which side of the threshold they are: the essay in
+// contrastive_sample_sift.h.
+//
 //   few kept (top-k up to kFewTopK, temperature 0): the k largest are chosen exactly, filtered and drawn from in double.
 //   else: whatever the filters leave is "x > cut, and the first so many of those equal to it". No filter: no cut, and a
 //   second pass over all blocks. top-p and a large top-k: a search for the cut, which weighs the entries above a guess;
@@ -14,6 +17,9 @@
 // Of heavy ties, however many, only counts are needed. All sums are per block, in float over some hundred entries at
 // most, in double across blocks and in their order: results do not depend on threads.
 #pragma once
+
+#include <atomic>
+#include <memory>
 
 #include "contrastive_sample_row.h"
 
@@ -40,13 +46,18 @@ class ContrastiveSampleWork {
   explicit ContrastiveSampleWork(const ContrastiveSampleArgs& args)
       : args_(args), top_k_(few_kept(args)), cut_(args.vocab_size, top_k_ ? std::max<int64_t>(512, 4 * top_k_) : 1),
         maxima_(cut_), candidates_(top_k_ ? top_k_ : kFewInReach, false),
-        blocks_(size_t((args.vocab_size + cut_.block - 1) / cut_.block)) {}
+        blocks_(size_t((args.vocab_size + cut_.block - 1) / cut_.block)),
+        parts_(size_t(cut_.segments)) {}
 
   // Over the threads of `parallel`, or in this one if that is null.
   void row(int64_t index, const Parallel* parallel);
 
  private:
   using Row = ContrastiveSampleRow<T>;
+  struct Part {  // of a segment
+    SampleSums sums;
+    SampleSteps large;
+  };
 
   // How many of the largest x are all that matters, 0 if too many.
   static int64_t few_kept(const ContrastiveSampleArgs& args) {
@@ -61,6 +72,8 @@ class ContrastiveSampleWork {
   template <class Body>
   void each_segment(const Body& body) const;
   SampleSums scan(const Row& row);
+  bool sift(Row& row);
+  bool sift_rest(const Row& row, int64_t begin, int64_t end, SampleSums& rough);
   void collect(const Row& row, float bound, float below);
   SampleTally tally(const Row& row, float cut);
   void draw_from_few(const Row& row);
@@ -78,6 +91,8 @@ class ContrastiveSampleWork {
   GroupMaxima maxima_;
   Candidates candidates_;
   std::vector<SampleBlock> blocks_;
+  std::vector<Part> parts_;
+  std::unique_ptr<int32_t[]> steps_;
   std::vector<double> weights_;
   std::vector<int32_t> order_;
   const Parallel* parallel_ = nullptr;
@@ -89,12 +104,15 @@ template <class T>
 void ContrastiveSampleWork<T>::row(int64_t index, const Parallel* parallel) {
   index_ = index, parallel_ = parallel;
   Row row(args_, cut_, blocks_, index);
-  if (!row.bad() && !row.conclude(scan(row))) {
-    if (row.ordinary()) row.start_carefully();
-    if (!row.bad()) row.conclude(scan(row));
+  if (!sift(row)) {
+    SampleSums sums;
+    if (!row.bad() && !row.conclude(sums = scan(row))) {
+      if (row.ordinary()) row.start_carefully();
+      if (!row.bad()) row.conclude(sums = scan(row));
+    }
+    if (row.bad()) return write(-1, kNaN);
+    collect(row, row.bound(maxima_, std::max<int64_t>(top_k_, 1), sums.largest), kInfinity);
   }
-  if (row.bad()) return write(-1, kNaN);
-  collect(row, row.bound(maxima_, std::max<int64_t>(top_k_, 1)), kInfinity);
   if (candidates_.size() == 0) return write(-1, kNaN);  // every x is -infinity
   largest_ = candidates_.key(0);
   row.set_largest(largest_);
@@ -118,14 +136,54 @@ void ContrastiveSampleWork<T>::each_segment(const Body& body) const {
 
 template <class T>
 SampleSums ContrastiveSampleWork<T>::scan(const Row& row) {
-  std::vector<SampleSums> parts(static_cast<size_t>(cut_.segments));
   maxima_.clear();
   over_segments(
-      cut_, parallel_, maxima_, [&](int64_t i, GroupMaxima& mine) { parts[size_t(i)] = row.scan(i, mine); },
+      cut_, parallel_, maxima_,
+      [&](int64_t i, GroupMaxima& mine) { parts_[size_t(i)].sums = row.scan(cut_.begin(i), cut_.end(i), mine); },
       [this](const GroupMaxima& other) { maxima_.merge(other); });
   SampleSums sums;
-  for (const SampleSums& part : parts) sums += part;
+  for (const Part& part : parts_) sums += part.sums;
   return sums;
+}
+
+// Leaves the candidates of a row of which few entries are kept, without scanning all of it; false if it cannot.
+template <class T>
+bool ContrastiveSampleWork<T>::sift(Row& row) {
+  // Of h entries in the head k reach its bound, and of the rest then k (size - h) / h, in steps to be listed: the head
+  // costs a third of a step per step, a listed one as much as 21 (measured).
+  const int64_t size = cut_.size, wanted = std::max(size / 8, int64_t(std::sqrt(64.0 * double(top_k_) * double(size))));
+  const int64_t head = wanted / cut_.block * cut_.block, whole = size - size % kStep;
+  if (top_k_ == 0 || args_.log_space || head == 0 || 2 * head > size || !row.ordinary()) return false;
+  maxima_.clear();
+  SampleSums exact = row.scan(0, head, maxima_), rough;
+  const float bound = row.bound(maxima_, top_k_, exact.largest);
+  if (!row.set_large(exact, bound) || !sift_rest(row, head, whole, rough)) return false;
+  for (const Part& part : parts_) exact += row.weigh(part.large, maxima_);
+  exact += row.scan(whole, cut_.size, maxima_);
+  if (!row.conclude_roughly(exact, rough)) return false;
+  candidates_.reset(std::max(bound, row.bound(maxima_, top_k_, exact.largest)));
+  bool doubt = row.collect(0, head, kInfinity, candidates_);
+  for (const Part& part : parts_) doubt |= row.collect(part.large, candidates_);
+  doubt |= row.collect(whole, cut_.size, kInfinity, candidates_);
+  if (doubt) return false;
+  candidates_.finish();
+  return true;
+}
+
+// false if too much is large for a list of it to pay.
+template <class T>
+bool ContrastiveSampleWork<T>::sift_rest(const Row& row, int64_t begin, int64_t end, SampleSums& rough) {
+  if (!steps_) steps_.reset(new int32_t[size_t(cut_.size / kStep + 1)]);  // not filled: most of it is never touched
+  std::atomic<bool> crowded{false};
+  each_segment([&](int64_t i) {
+    const int64_t first = std::max(begin, cut_.begin(i)), last = std::max(first, std::min(end, cut_.end(i)));
+    Part& part = parts_[size_t(i)] = {{}, {&steps_[size_t(first / kStep)], 0}};
+    if (crowded.load(std::memory_order_relaxed)) return;
+    part.sums = row.sift(first, last, part.large);
+    if (2 * part.large.size > (last - first) / kStep) crowded = true;
+  });
+  for (const Part& part : parts_) rough += part.sums;
+  return !crowded;
 }
 
 // The entries with bound <= x < below, descending; the k largest if there are too many.
@@ -133,7 +191,7 @@ template <class T>
 void ContrastiveSampleWork<T>::collect(const Row& row, float bound, float below) {
   candidates_.reset(bound);
   over_segments(
-      cut_, parallel_, candidates_, [&](int64_t i, Candidates& mine) { row.collect(i, below, mine); },
+      cut_, parallel_, candidates_, [&](int64_t i, Candidates& mine) { row.collect(cut_.begin(i), cut_.end(i), below, mine); },
       [this](const Candidates& other) { candidates_.merge(other); });
   candidates_.finish();
 }

@@ -9,11 +9,21 @@ namespace DEEPALIGN_ISA {
 
 constexpr float kLargestFloat = std::numeric_limits<float>::max();
 
-// A row's sums of exp(a - origin_a) and exp(b - origin_b), times a power of two; `spread` is finite just where all
-// entries are.
+// Sums of exp(a - origin_a) and exp(b - origin_b), times a power of two, of some entries; `spread` is finite just where
+// all of them are, `largest` is their largest a.
 struct SampleSums {
   double a = 0, b = 0, spread = 0;
-  void operator+=(const SampleSums& other) { a += other.a, b += other.b, spread += other.spread; }
+  float largest = -kInfinity;
+  void operator+=(const SampleSums& other) {
+    a += other.a, b += other.b, spread += other.spread, largest = std::max(largest, other.largest);
+  }
+  bool in_range() const { return a > 0x1p-100 && a < 0x1p100 && b > 0x1p-100 && b < 0x1p100; }
+};
+
+// The beginnings of steps, ascending.
+struct SampleSteps {
+  int32_t* begin = nullptr;
+  int64_t size = 0;
 };
 
 struct SampleBlock {
@@ -23,14 +33,14 @@ struct SampleBlock {
   double mass;    // and the weights of the former
 };
 
-// x of one half of a step.
+// x of a step.
 struct Contrast {
   Float limit, shift, alpha;
 
   // As the reference rounds it: no fused multiply-add.
-  DEEPALIGN_INLINE Float operator()(Float a, Float b) const {
-    const Float d = b - a;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125
-    return choose(greater(d, limit), a - alpha * (d - shift), a);
+  DEEPALIGN_INLINE Pair operator()(Pair a, Pair b) const {
+    const Pair d = b - a;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125
+    return choose(greater(d, limit), a - (d - shift) * alpha, a);
   }
 };
 
@@ -43,31 +53,37 @@ struct SampleScan {
 
   void clear() {
     a = b = spread = splat(0);
-    peak = lowered.first = lowered.second = splat(-kInfinity);
+    peak = splat(-kInfinity), lowered = twice(peak);
   }
-  DEEPALIGN_INLINE void add(Float xa, Float xb, Float& largest) {  // of an ordinary row, where origin_a is 0
-    const Float d = xb - xa;
+  DEEPALIGN_INLINE void add(Pair xa, Pair xb) {  // of an ordinary row, where origin_a is 0
+    const Pair d = xb - xa;
+    spread = add_both(spread, d);
+    peak = max(xa.second, max(xa.first, peak));
+    lowered = max(fma(minus_alpha, max(d, start), xa), lowered);
     a = exp.add_to(a, xa);
     b = exp.add_to(b, xb - origin_b);
-    spread = spread + d;
-    peak = max(xa, peak);
-    largest = max(fma(minus_alpha, max(d, start), xa), largest);
   }
-  DEEPALIGN_INLINE void add(Float xa, Float xb, Mask mask, Float& largest) {
-    const Float zero = splat(0), lowest = splat(-kInfinity), d = xb - xa;
+  DEEPALIGN_INLINE void add(Pair xa, Pair xb, MaskPair mask) {
+    const Float zero = splat(0), lowest = splat(-kInfinity);
+    const Pair d = xb - xa, seen = choose(mask, xa, lowest);
     a = exp.add_to(a, choose(mask, max(floor, xa - origin_a), floor));
     b = exp.add_to(b, choose(mask, max(floor, xb - origin_b), floor));
-    spread = spread + choose(mask, d, zero);
-    peak = max(choose(mask, xa, lowest), peak);
-    largest = max(choose(mask, fma(minus_alpha, max(d, start), xa), lowest), largest);
+    spread = add_both(spread, choose(mask, d, zero));
+    peak = max(seen.second, max(seen.first, peak));
+    lowered = max(choose(mask, fma(minus_alpha, max(d, start), xa), lowest), lowered);
   }
 };
 
 // 2^(scale x), exactly 1 at 0: equal entries at the top then have exact sums. The exponential is off by its own error
 // there, which a factor next to 1 makes good.
 inline Exponential weight_exponential(float scale) {
-  const Exponential exp(scale, 0);
-  return largest_lane(exp(splat(0))) == 1.0f ? exp : Exponential(scale, 0, std::nextafter(1.0f, 0.0f));
+  float factor = 1.0f;
+  for (int tries = 0; tries < 4; ++tries) {
+    const float one = largest_lane(Exponential(scale, 0, factor)(splat(0)));
+    if (one == 1.0f) break;
+    factor = std::nextafter(factor, one > 1.0f ? 0.0f : 2.0f);
+  }
+  return Exponential(scale, 0, factor);
 }
 
 // Entries offered in the order of their index: the first at which the running sum of weights exceeds the target, else
@@ -94,12 +110,20 @@ class ContrastiveSampleRow {
   bool bad() const { return bad_; }
   bool ordinary() const { return !careful_; }
   void start_carefully();
-  SampleSums scan(int64_t segment, GroupMaxima& maxima) const;
+  SampleSums scan(int64_t begin, int64_t end, GroupMaxima& maxima) const;
   bool conclude(const SampleSums& sums);  // false: the sums are no use, start carefully
-  float bound(const GroupMaxima& maxima, int64_t k) const;
+  float bound(const GroupMaxima& maxima, int64_t k, float largest) const;
 
-  // The rest after `conclude`, and all but `collect` after `set_largest`.
-  void collect(int64_t segment, float below, Candidates& candidates) const;  // bound <= x < below
+  // In place of a scan of all (contrastive_sample_sift.h).
+  bool set_large(const SampleSums& head, float bound);
+  SampleSums sift(int64_t begin, int64_t end, SampleSteps& large) const;
+  SampleSums weigh(const SampleSteps& large, GroupMaxima& maxima) const;
+  bool conclude_roughly(const SampleSums& exact, const SampleSums& rough);
+
+  // The rest after one of the conclusions, and all but `collect` after `set_largest`. What is collected is what has
+  // bound <= x < below; the result says whether an entry of it is in doubt.
+  bool collect(int64_t begin, int64_t end, float below, Candidates& candidates) const;
+  bool collect(const SampleSteps& large, Candidates& candidates) const;
   void set_largest(float x);
   void tally(int64_t segment, float cut) const;
   void offer(int64_t block, float cut, int64_t ties, SampleDraw& draw) const;
@@ -108,6 +132,7 @@ class ContrastiveSampleRow {
 
  private:
   Pair contrasted(int64_t i, int64_t n) const;
+  bool collect_step(int64_t i, float below, Candidates& candidates) const;
   Pair weights(Pair x) const;
   template <bool kAll>
   void tally_block(SampleBlock& block, int64_t begin, int64_t end, float cut) const;
@@ -123,6 +148,7 @@ class ContrastiveSampleRow {
   const float alpha_, scale_, floor_;
   bool careful_ = false, bad_ = false, exact_ = false;
   float origin_a_ = 0.0f, origin_b_ = 0.0f, start_ = 0.0f, largest_ = 0.0f;
+  float large_a_ = 0.0f, large_b_ = 0.0f, doubt_above_ = kInfinity;
   int offset_ = 0;
   double threshold_ = 0.0;
   Contrast contrast_;
@@ -174,55 +200,51 @@ void ContrastiveSampleRow<T>::start_carefully() {
 // What is ranked is a lower bound for x: a - alpha max(d, start), to which `bound` adds alpha min(start, threshold). In
 // logits, start is 0; in log-probabilities, a guess of the threshold.
 template <class T>
-SampleSums ContrastiveSampleRow<T>::scan(int64_t segment, GroupMaxima& maxima) const {
+SampleSums ContrastiveSampleRow<T>::scan(int64_t first, int64_t last, GroupMaxima& maxima) const {
   const float bits = float(kLog2E), start = args_.log_space ? origin_b_ - origin_a_ : 0.0f;
   SampleScan scan{Exponential(bits, offset_), splat(origin_a_), splat(origin_b_), splat(-alpha_), splat(start),
                   splat(-200.0f / bits), splat(0), splat(0), splat(0), splat(0), {splat(0), splat(0)}};
   LaneSum sum_a, sum_b, spread;
-  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
-    const int64_t end = std::min(begin + cut_.block, cut_.size);
+  float largest = -kInfinity;
+  for (int64_t begin = first; begin < last; begin += cut_.block) {
+    const int64_t end = std::min(begin + cut_.block, last);
     int64_t i = begin;
     scan.clear();
     for (; !careful_ && i + kStep <= end; i += kStep) {
-      const Pair a = load_pair(a_ + i), b = load_pair(b_ + i);
-      scan.add(a.first, b.first, scan.lowered.first);
-      scan.add(a.second, b.second, scan.lowered.second);
+      scan.add(load_pair(a_ + i), load_pair(b_ + i));
     }
     for (; i < end; i += kStep) {
       const Pair a = load_step(a_ + i, end - i), b = load_step(b_ + i, end - i);
       MaskPair mask = first_entries<T>(end - i);
-      if (careful_) mask = both(mask, MaskPair{finite(a.first, b.first), finite(a.second, b.second)});
-      scan.add(a.first, b.first, mask.first, scan.lowered.first);
-      scan.add(a.second, b.second, mask.second, scan.lowered.second);
+      if (careful_) mask = both(mask, finite(a, b));
+      scan.add(a, b, mask);
     }
     sum_a.add(scan.a), sum_b.add(scan.b), spread.add(scan.spread);
     maxima.merge_block(begin, scan.lowered);
-    block_at(begin).peak = largest_lane(scan.peak);
+    const float peak = block_at(begin).peak = largest_lane(scan.peak);
+    largest = std::max(largest, peak);
   }
-  return {sum_a.total(), sum_b.total(), spread.total()};
+  return {sum_a.total(), sum_b.total(), spread.total(), largest};
 }
 
 template <class T>
 bool ContrastiveSampleRow<T>::conclude(const SampleSums& sums) {
-  const bool usable = std::abs(sums.spread) < double(kInfinity) && sums.a > 0x1p-100 && sums.a < 0x1p100 &&
-                      sums.b > 0x1p-100 && sums.b < 0x1p100;
-  if (!usable && !careful_) return false;
+  if (!(std::abs(sums.spread) < double(kInfinity) && sums.in_range()) && !careful_) return false;
   start_ = args_.log_space ? origin_b_ - origin_a_ : 0.0f;
   threshold_ = (std::log(sums.b) - std::log(sums.a)) + (double(origin_b_) - double(origin_a_));
   const float threshold = float(threshold_);
   contrast_.alpha = splat(alpha_);
   contrast_.shift = splat(args_.log_space ? threshold : 0.0f);
+  doubt_above_ = kInfinity;
   contrast_.limit = splat(!(alpha_ > 0.0f) ? kInfinity : args_.log_space ? threshold : std::max(threshold, 0.0f));
   return true;
 }
 
 // A value that at least k entries x reach, -infinity if none is known.
 template <class T>
-float ContrastiveSampleRow<T>::bound(const GroupMaxima& maxima, int64_t k) const {
+float ContrastiveSampleRow<T>::bound(const GroupMaxima& maxima, int64_t k, float largest) const {
   const double lowered = maxima.bound(k), alpha = alpha_;
-  double largest = 0.0;
-  for (const SampleBlock& block : blocks_) largest = std::max(largest, double(block.peak));
-  const double rounding = std::abs(lowered) + largest + alpha * (std::abs(start_) + std::abs(threshold_));
+  const double rounding = std::abs(lowered) + std::max(largest, 0.0f) + alpha * (std::abs(start_) + std::abs(threshold_));
   const double sure = lowered + (args_.log_space ? alpha * std::min(double(start_), threshold_) : 0.0) - 0x1p-19 * rounding;
   return sure > -kLargestFloat ? float(sure) : -kLargestFloat;
 }
@@ -233,32 +255,9 @@ float ContrastiveSampleRow<T>::bound(const GroupMaxima& maxima, int64_t k) const
 template <class T>
 DEEPALIGN_INLINE Pair ContrastiveSampleRow<T>::contrasted(int64_t i, int64_t n) const {
   const Pair a = load_step(a_ + i, n), b = load_step(b_ + i, n);
-  Pair x{contrast_(a.first, b.first), contrast_(a.second, b.second)};
-  if (careful_ || n < kStep) {
-    const Float lowest = splat(-kInfinity);
-    const MaskPair exists = first_entries<T>(n);
-    x.first = choose(both(exists.first, finite(a.first, b.first)), x.first, lowest);
-    x.second = choose(both(exists.second, finite(a.second, b.second)), x.second, lowest);
-  }
-  return x;
-}
-
-template <class T>
-void ContrastiveSampleRow<T>::collect(int64_t segment, float below, Candidates& candidates) const {
-  const Float limit = splat(below);
-  Float bound = splat(candidates.bound());
-  for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
-    if (!(block_at(begin).peak >= candidates.bound())) continue;
-    for (int64_t i = begin, end = std::min(begin + cut_.block, cut_.size); i < end; i += kStep) {
-      const Pair x = contrasted(i, end - i);
-      const MaskPair chosen = both(MaskPair{greater_equal(x.first, bound), greater_equal(x.second, bound)},
-                                   MaskPair{greater(limit, x.first), greater(limit, x.second)});
-      if (any(chosen)) {
-        candidates.add<T>(i, chosen, x, x, x);
-        bound = splat(candidates.bound());
-      }
-    }
-  }
+  const Pair x = contrast_(a, b);
+  if (!careful_ && n >= kStep) return x;
+  return choose(both(first_entries<T>(n), finite(a, b)), x, splat(-kInfinity));
 }
 
 // ---- weights exp((x - largest) / temperature)
@@ -274,8 +273,7 @@ void ContrastiveSampleRow<T>::set_largest(float x) {
 // Relative error 1e-7; exactly 1 for the largest.
 template <class T>
 DEEPALIGN_INLINE Pair ContrastiveSampleRow<T>::weights(Pair x) const {
-  const Float floor = splat(floor_), largest = splat(largest_);
-  return {exp_(max(floor, x.first - largest)), exp_(max(floor, x.second - largest))};
+  return exp_(max(splat(floor_), x - splat(largest_)));
 }
 
 // Counts and weighs the entries above `cut` of each block; -infinity is below them all and is not counted.
@@ -302,27 +300,24 @@ void ContrastiveSampleRow<T>::tally_block(SampleBlock& block, int64_t begin, int
   const Float floor = splat(floor_), largest = splat(largest_), limit = splat(cut);
   const Contrast contrast = contrast_;
   const Exponential exp = exp_;
-  Float first = splat(0), second = splat(0);
+  Pair sums = twice(splat(0));
   int64_t above = 0, ties = 0;
   const auto add = [&](Pair x) __attribute__((always_inline)) {
     if (!kAll) {
-      const Float lowest = splat(-kInfinity);
-      const MaskPair chosen{greater(x.first, limit), greater(x.second, limit)};
+      const MaskPair chosen = greater(x, limit);
       above += count(chosen);
-      ties += count(MaskPair{equal(x.first, limit), equal(x.second, limit)});
-      x = {choose(chosen.first, x.first, lowest), choose(chosen.second, x.second, lowest)};
+      ties += count(equal(x, limit));
+      x = choose(chosen, x, splat(-kInfinity));
     }
-    first = exp.add_to(first, max(floor, x.first - largest));
-    second = exp.add_to(second, max(floor, x.second - largest));
+    sums = exp.add_to(sums, max(floor, x - largest));
   };
   int64_t i = begin;
   for (; !careful_ && i + kStep <= end; i += kStep) {
-    const Pair a = load_pair(a_ + i), b = load_pair(b_ + i);
-    add({contrast(a.first, b.first), contrast(a.second, b.second)});
+    add(contrast(load_pair(a_ + i), load_pair(b_ + i)));
   }
   for (; i < end; i += kStep) add(contrasted(i, end - i));
   alignas(64) double lanes[kLanes] = {};
-  add_to_double(lanes, first), add_to_double(lanes, second);
+  add_to_double(lanes, sums.first), add_to_double(lanes, sums.second);
   for (int width = kLanes / 2; width > 0; width /= 2) {
     for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
   }
@@ -374,3 +369,5 @@ void ContrastiveSampleRow<T>::unpack(Pair x, float* to) {
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign
+
+#include "contrastive_sample_sift.h"

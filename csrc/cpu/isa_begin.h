@@ -4,11 +4,13 @@
 // Whatever other files share is included above the pragma. Functions of the standard library and of namespace deepalign
 // are therefore compiled for the plain processor in every file: the linker keeps one copy of each, and it must run on all.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <memory>
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>

@@ -45,6 +45,7 @@ DEEPALIGN_INLINE Mask first_lanes(int64_t n) {
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(existing), lane_indices()));
 }
 DEEPALIGN_INLINE bool any(MaskPair mask) { return lane_bits(_mm256_or_ps(mask.first, mask.second)) != 0; }
+DEEPALIGN_INLINE bool all(MaskPair mask) { return _mm256_movemask_ps(_mm256_and_ps(mask.first, mask.second)) == 0xff; }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(lane_bits(mask)); }
 DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(lane_bits(mask.second) << kLanes | lane_bits(mask.first)); }
 DEEPALIGN_INLINE float largest_lane(Float x) {
@@ -138,6 +139,12 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
 }
 
+// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, and for NaN, NaN.
+DEEPALIGN_INLINE Float of_bits(Float x) {
+  const Mask not_a_number = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NGE_UQ);
+  return _mm256_or_ps(_mm256_castsi256_ps(_mm256_cvtps_epi32(x)), not_a_number);
+}
+
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign
 
@@ -182,8 +189,8 @@ class Exponential {
   DEEPALIGN_INLINE V operator()(V x) const {
     return value(split(x));
   }
-  template <class V>
-  DEEPALIGN_INLINE Float add_to(Float sum, V x) const {
+  template <class Sum, class V>
+  DEEPALIGN_INLINE Sum add_to(Sum sum, V x) const {
     return added(sum, split(x));
   }
 
@@ -227,6 +234,10 @@ class Exponential {
   }
   DEEPALIGN_INLINE static Float added(Float sum, Parts<Pair> x) {
     return add_products(sum, x.entry, fma(x.f, x.slope, splat(kUnit)));
+  }
+
+  DEEPALIGN_INLINE static Pair added(Pair sums, Parts<Pair> x) {
+    return fma(x.entry, fma(x.f, x.slope, splat(kUnit)), sums);
   }
 
   template <class V>

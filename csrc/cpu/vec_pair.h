@@ -40,14 +40,22 @@ DEEPALIGN_INLINE Pair min(A a, B b) {
   return {min(first_half(a), first_half(b)), min(second_half(a), second_half(b))};
 }
 
-DEEPALIGN_INLINE MaskPair greater(Pair a, Float b) { return {greater(a.first, b), greater(a.second, b)}; }
-DEEPALIGN_INLINE MaskPair greater_equal(Pair a, Float b) { return {greater_equal(a.first, b), greater_equal(a.second, b)}; }
+template <class B>
+DEEPALIGN_INLINE MaskPair greater(Pair a, B b) {
+  return {greater(a.first, first_half(b)), greater(a.second, second_half(b))};
+}
+template <class B>
+DEEPALIGN_INLINE MaskPair greater_equal(Pair a, B b) {
+  return {greater_equal(a.first, first_half(b)), greater_equal(a.second, second_half(b))};
+}
 DEEPALIGN_INLINE MaskPair equal(Pair a, Float b) { return {equal(a.first, b), equal(a.second, b)}; }
 DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b.first), both(a.second, b.second)}; }
 template <class A, class B>
 DEEPALIGN_INLINE Pair choose(MaskPair mask, A a, B b) {
   return {choose(mask.first, first_half(a), first_half(b)), choose(mask.second, second_half(a), second_half(b))};
 }
+
+DEEPALIGN_INLINE Pair of_bits(Pair x) { return {of_bits(x.first), of_bits(x.second)}; }
 
 // Both halves into one sum.
 DEEPALIGN_INLINE Float add_both(Float sum, Pair x) { return sum + x.first + x.second; }

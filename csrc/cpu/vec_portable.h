@@ -63,6 +63,10 @@ DEEPALIGN_INLINE bool any(MaskPair mask) {
   const LongBits halves = LongBits(mask.first | mask.second);
   return (halves[0] | halves[1]) != 0;
 }
+DEEPALIGN_INLINE bool all(MaskPair mask) {
+  const LongBits halves = LongBits(mask.first & mask.second);
+  return (halves[0] & halves[1]) == ~uint64_t(0);
+}
 DEEPALIGN_INLINE int64_t sum_of_lanes(Mask x) {  // none of them negative
   const LongBits halves = LongBits(x);
   const uint64_t sums = halves[0] + halves[1];
@@ -156,6 +160,12 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]);
 }
 
+// The float whose bits are the integer next to x, for x in [0, 2^31); below that, and for NaN, NaN.
+DEEPALIGN_INLINE Float of_bits(Float x) {
+  const Mask fits = (x >= 0.0f) & (x < 0x1p31f);
+  return Float((fits ? __builtin_convertvector(fits ? x : splat(0), Mask) : ~fits));
+}
+
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign
 
@@ -206,6 +216,8 @@ class Exponential {
 
   DEEPALIGN_INLINE Float add_to(Float sum, Float x) const { return sum + (*this)(x); }
   DEEPALIGN_INLINE Float add_to(Float sum, Pair x) const { return add_both(sum, (*this)(x)); }
+
+  DEEPALIGN_INLINE Pair add_to(Pair sums, Pair x) const { return sums + (*this)(x); }
 
   // The values, added to the sum as add_to does: equal models have equal sums.
   DEEPALIGN_INLINE Pair value_and_add(Pair x, Float& sum) const {

@@ -301,3 +301,53 @@ def test_refuses(options: dict[str, object], error: type[Exception], message: st
     arguments = {"aligned_logits": torch.zeros(2, 3, 8), "base_logits": torch.zeros(2, 3, 8), "alpha": 1.0, **options}
     with pytest.raises(error, match=message):
         contrastive_sample(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"alpha": INF}, ValueError, "alpha is inf"),
+        ({"alpha": True}, TypeError, "alpha is True, a bool"),
+        ({"alpha": 10**400}, OverflowError, "too large"),
+        ({"temperature": NAN}, ValueError, "temperature is nan"),
+        ({"top_k": -1}, ValueError, "top_k is -1"),
+        ({"top_k": True}, TypeError, "top_k is True"),
+        ({"top_p": 0}, ValueError, "top_p is 0"),
+        ({"min_p": 2}, ValueError, "min_p is 2"),
+        ({"space": "probs"}, ValueError, "space is 'probs'"),
+        ({"vocab_size": 9}, ValueError, "vocab_size is 9"),
+        ({"vocab_size": True}, TypeError, "vocab_size is True"),
+        ({"base_logits": torch.zeros(2, 7)}, ValueError, "base_logits has shape"),
+        ({"base_logits": torch.zeros(2, 8).half()}, TypeError, "base_logits is torch.float16"),
+        ({"base_logits": torch.zeros(2, 8, device="meta")}, ValueError, "base_logits is on meta"),
+        ({"uniforms": torch.zeros(2, 1)}, ValueError, r"uniforms has shape \(2, 1\)"),
+        ({"uniforms": torch.zeros(3)}, ValueError, r"uniforms has shape \(3,\)"),
+        ({"uniforms": torch.tensor(0.5)}, ValueError, r"uniforms has shape \(\)"),
+        ({"uniforms": torch.zeros(2).long()}, TypeError, "uniforms is torch.int64"),
+        ({"uniforms": torch.tensor([0.0, 1.0])}, ValueError, "uniforms has an entry outside"),
+        ({"uniforms": torch.tensor([0.0, NAN])}, ValueError, "uniforms has an entry outside"),
+    ],
+    ids=lambda item: item if isinstance(item, str) else "",
+)
+@each_implementation
+def test_refuses_plain_calls_in_the_same_words(
+    implementation: str, options: dict[str, object], error: type[Exception], message: str
+) -> None:
+    """Where the native op is asked before the checks."""
+    plain = {"aligned_logits": torch.zeros(2, 8), "base_logits": torch.zeros(2, 8), "uniforms": torch.zeros(2)}
+    with pytest.raises(error, match=message):
+        contrastive_sample(**{**plain, "alpha": 1.0, "implementation": implementation, **options})
+
+
+@each_implementation
+def test_what_the_op_does_not_take_is_made_fit(implementation: str) -> None:
+    """A top_k beyond the vocabulary, logits strided in it, uniforms of another dtype or stride."""
+    models, uniforms = two_models(4, 60), random_uniforms(4).float()
+    named = {"alpha": 1, "temperature": 2, "implementation": implementation}
+    expected = contrastive_sample(*models, uniforms=uniforms, **named)
+    strided = [model.t().contiguous().t() for model in models]
+    spread = uniforms[:, None].expand(4, 3).contiguous()[:, 1]
+    for logits, given, top_k in ((models, uniforms.double(), 100), (strided, uniforms, 0), (models, spread, 60)):
+        actual = contrastive_sample(*logits, uniforms=given, top_k=top_k, **named)
+        assert torch.equal(actual.token_ids, expected.token_ids)
+        torch.testing.assert_close(actual.logprobs, expected.logprobs)

@@ -168,6 +168,33 @@ def test_a_shift_of_the_base_model_changes_nothing(implementation: str, shift: f
     assert torch.equal(shifted.logprobs, expected.logprobs)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@each_implementation
+def test_entries_next_to_the_threshold(implementation: str, dtype: torch.dtype) -> None:
+    """All but one are favored, by 1e-5: an interval for the threshold that holds them all must not decide."""
+    aligned = two_models(VOCAB)[0].mul(4).round().div(4)
+    share_V = aligned.double().softmax(-1)
+    alone = int((share_V.log() - math.log(1e-5)).abs().argmin())
+    base = aligned + 8
+    base[alone] -= 8
+    assert bool(torch.equal(base.to(dtype).float(), base)), "this must be exact"
+    rows = [model.to(dtype).expand(4, -1) for model in (aligned, base)]
+    options = {"uniforms": random_uniforms(4), "top_k": 50, "implementation": implementation}
+    assert contrastive_sample(*rows, alpha=4.0, **options).token_ids.tolist() == [alone] * 4
+
+
+@each_implementation
+def test_entries_far_below_the_rest(implementation: str) -> None:
+    """Finite, but out of the range of what is summed roughly."""
+    models = two_models(2, VOCAB, dtype=torch.bfloat16)
+    kept = torch.rand(VOCAB, generator=torch.Generator().manual_seed(3)) < 0.9
+    options = {"alpha": 0.5, "top_k": 50, "uniforms": random_uniforms(2), "implementation": implementation}
+    low = [torch.where(kept, model, -1e4) for model in models]
+    absent = [torch.where(kept, model, -math.inf) for model in models]
+    for actual, wanted in zip(contrastive_sample(*low, **options), contrastive_sample(*absent, **options), strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
 native = pytest.mark.skipif(WHY_NO_NATIVE is not None, reason=str(WHY_NO_NATIVE))
 
 
@@ -187,9 +214,11 @@ def test_opcheck(top_k: int) -> None:
         ({1: torch.zeros(3, 49)}, "base differs in shape"),
         ({1: torch.zeros(50, 3).t()}, "base must have stride 1"),
         ({2: torch.zeros(2, dtype=torch.float64)}, "uniforms must be"),
-        ({2: torch.zeros(3)}, "uniforms must be"),
-        ({3: -1.0}, "alpha and temperature must not be negative"),
-        ({4: math.nan}, "alpha and temperature must not be negative"),
+        ({2: torch.zeros(3, dtype=torch.float16)}, "uniforms must be"),
+        ({2: torch.zeros(3, 1)}, "uniforms must be"),
+        ({3: -1.0}, "alpha and temperature must be finite and not negative"),
+        ({4: math.nan}, "alpha and temperature must be finite"),
+        ({3: math.inf}, "alpha and temperature must be finite"),
         ({5: 51}, "top_k must be in"),
         ({5: -1}, "top_k must be in"),
         ({6: 0.0}, "top_p must be in"),

@@ -26,6 +26,8 @@ from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 # What a file beside this one provides: (aligned_NV, base_NV, uniforms_N in float64, options) -> one token per row.
 Implementation = Callable[[Tensor, Tensor, Tensor, SampleOptions], ContrastiveSample]
 
+NUMBERS = frozenset({float, int})
+
 # By name: an implementation, or why it cannot run.
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "reference": contrastive_sample_rows,
@@ -88,6 +90,11 @@ def contrastive_sample(
         ValueError: a value, shape or device that does not fit, or both `generator` and `uniforms`.
         RuntimeError: the implementation cannot run.
     """
+    if uniforms is not None and generator is None and implementation in (None, "cpu"):
+        filters = (top_k, top_p, min_p)
+        sampled = _at_once(aligned_logits, base_logits, uniforms, alpha, temperature, filters, space, vocab_size)
+        if sampled is not None:
+            return sampled
     width = check_logits(vocab_size, aligned_logits=aligned_logits, base_logits=base_logits)
     check_number("alpha", alpha, minimum=0.0)
     check_number("temperature", temperature, minimum=0.0)
@@ -108,3 +115,48 @@ def contrastive_sample(
         vocab_size=width,
     )
     return chosen(aligned_logits.detach(), base_logits.detach(), uniforms.detach().double(), options)
+
+
+def _at_once(
+    aligned_NV: Tensor,
+    base_NV: Tensor,
+    uniforms_N: Tensor,
+    alpha: float,
+    temperature: float,
+    filters: tuple[int, float, float],
+    space: str,
+    vocab_size: int | None,
+) -> ContrastiveSample | None:
+    """A call as most are: plain CPU tensors (N, V) and (N,), plain numbers. None leaves it to the checks.
+
+    The op checks for itself what is left. The checks that say what is wrong touch so much of the interpreter that, when
+    other code had the caches, they take longer than the sample of a row.
+    """
+    top_k, top_p, min_p = filters
+    if (
+        torch.compiler.is_compiling()
+        or IMPLEMENTATIONS["cpu"] is not cpu.contrastive_sample_rows
+        or not {type(alpha), type(temperature), type(top_p), type(min_p)} <= NUMBERS
+        or type(top_k) is not int
+        or (vocab_size is not None and type(vocab_size) is not int)
+        or (space != "logits" and space != "logprobs")
+        or not type(aligned_NV) is type(base_NV) is type(uniforms_N) is Tensor
+        or not (aligned_NV.is_cpu and base_NV.is_cpu and uniforms_N.is_cpu and aligned_NV.dim() == 2)
+        or uniforms_N.dim() != 1
+        or aligned_NV.requires_grad
+        or base_NV.requires_grad
+        or uniforms_N.requires_grad
+    ):
+        return None
+    for value in uniforms_N.tolist():
+        if not 0 <= value < 1:
+            return None
+    width = aligned_NV.shape[1] if vocab_size is None else vocab_size
+    try:
+        return ContrastiveSample(
+            *cpu.OP(
+                aligned_NV, base_NV, uniforms_N, alpha, temperature, top_k, top_p, min_p, space == "logprobs", width
+            )
+        )
+    except (RuntimeError, TypeError, OverflowError):
+        return None

@@ -10,6 +10,8 @@ from deepalign.kernels.contrastive_sample.op import op_arguments
 from deepalign.kernels.contrastive_sample.reference import ContrastiveSample, SampleOptions
 from deepalign.kernels.library import dense_rows
 
+OP = torch.ops.deepalign.contrastive_sample.default
+
 
 def contrastive_sample_rows(
     aligned_NV: Tensor, base_NV: Tensor, uniforms_N: Tensor, options: SampleOptions
@@ -17,7 +19,7 @@ def contrastive_sample_rows(
     """One token per row of (..., V) logits; inputs are validated, uniforms are float64."""
     # A call on one row takes tens of microseconds and a view two: rows already in line are left alone.
     in_line = aligned_NV.dim() == 2
-    sampled = torch.ops.deepalign.contrastive_sample(
+    sampled = OP(
         dense_rows(aligned_NV),
         dense_rows(base_NV),
         uniforms_N if in_line and uniforms_N.is_contiguous() else uniforms_N.reshape(-1).contiguous(),

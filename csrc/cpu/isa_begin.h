@@ -23,6 +23,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wuninitialized"  // GCC's own intrinsics start from undefined registers
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wignored-attributes"  // vectors as template arguments
 #endif
 
 // For whatever a loop over entries calls: out of line its vectors would go through memory (measured: twice the time).

@@ -75,8 +75,9 @@ def is_alone(held: list[Tensor], place: int) -> bool:
 
 
 def _is_one(upstream: Tensor) -> bool:
-    values = upstream.flatten()[:1] if not any(upstream.stride()) else upstream  # expanded from one number
-    return all(value == 1.0 for value in values.flatten().tolist())
+    if upstream.numel() and not any(upstream.stride()):  # expanded from one number
+        return upstream[(0,) * upstream.dim()].item() == 1.0
+    return all(value == 1.0 for value in upstream.flatten().tolist())
 
 
 def _per_row(gradient: Tensor, upstream: Tensor) -> Tensor:

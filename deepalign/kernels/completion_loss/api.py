@@ -13,6 +13,7 @@ from deepalign.kernels.checks import (
     check_top,
     check_top_k_indices,
     choose_implementation,
+    compute_dtype,
 )
 from deepalign.kernels.completion_loss import cpu
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
@@ -133,9 +134,18 @@ def row_weights(
         TypeError, ValueError: as of `check_row_weight`.
     """
     return (
-        _normalise(check_row_weight("kl_weight", kl_weight, rows), reduction),
-        _normalise(check_row_weight("completion_weight", completion_weight, rows), reduction),
+        _row_weight("kl_weight", kl_weight, rows, reduction),
+        _row_weight("completion_weight", completion_weight, rows, reduction),
     )
+
+
+def _row_weight(name: str, weight: Tensor | None, rows: Tensor, reduction: str) -> Tensor:
+    if weight is not None or torch.compiler.is_compiling():
+        return _normalise(check_row_weight(name, weight, rows), reduction)
+    # Every row alike: known without an operation on tensors, of which each costs what some hundred entries cost.
+    shape = rows.shape[:-1]
+    value = 1.0 / max(1, shape.numel()) if reduction == "mean" else 1.0
+    return torch.full(shape, value, dtype=compute_dtype(rows), device=rows.device)
 
 
 def _normalise(weight_N: Tensor, reduction: str) -> Tensor:

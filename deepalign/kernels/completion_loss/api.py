@@ -1,7 +1,6 @@
 """The public completion loss: validates, normalises the row weights, chooses an implementation, reduces."""
 
-from collections.abc import Callable
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -25,10 +24,16 @@ Reduction = Literal["mean", "sum", "none"]
 PAPER_CONFIG = CompletionLossConfig()  # frozen, so one instance serves every call
 
 
+class Rows(Protocol):
+    def __call__(
+        self, student_NV: Tensor, inputs: CompletionLossInputs, *, total: bool = False
+    ) -> CompletionLossOutput: ...
+
+
 class Implementation(NamedTuple):
     """What a file beside this one provides."""
 
-    rows: Callable[[Tensor, CompletionLossInputs], CompletionLossOutput]  # loss per row, differentiable in the student
+    rows: Rows  # loss per row, or their sum, differentiable in the student
     rows_and_gradient: RowsAndGradient  # the same, detached; writes the gradient into its last argument
 
 
@@ -98,9 +103,8 @@ def fused_completion_loss(
     )
     if inplace and torch.is_grad_enabled() and student_logits.requires_grad:
         output = completion_loss_rows_inplace(chosen.rows_and_gradient, student_logits, inputs)
-    else:
-        output = chosen.rows(student_logits, inputs)
-    return output if reduction == "none" else output._replace(loss=output.loss.sum())
+        return output if reduction == "none" else output._replace(loss=output.loss.sum())
+    return chosen.rows(student_logits, inputs, total=reduction != "none")
 
 
 def check_settings(config: CompletionLossConfig, reduction: str, **flags: bool) -> None:

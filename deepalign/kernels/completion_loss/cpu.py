@@ -14,14 +14,15 @@ from deepalign.kernels.completion_loss.op import completion_loss_with_gradient, 
 from deepalign.kernels.library import dense_rows
 
 
-def completion_loss_rows(student_NV: Tensor, inputs: CompletionLossInputs) -> CompletionLossOutput:
-    """The weighted loss of every row; the gradient is computed along with it where it will be needed."""
+def completion_loss_rows(
+    student_NV: Tensor, inputs: CompletionLossInputs, *, total: bool = False
+) -> CompletionLossOutput:
+    """The weighted loss of every row, or their sum; the gradient is computed along with it where it will be needed."""
     student, arguments = dense_rows(student_NV), op_arguments(_flat(inputs))
     if torch.is_grad_enabled() and student_NV.requires_grad:
-        output = completion_loss_with_gradient(student, arguments)
-    else:
-        output = torch.ops.deepalign.completion_loss_.default(student, *arguments, None)
-    return _shaped(output, student_NV)
+        return _shaped(completion_loss_with_gradient(student, arguments, total=total), student_NV)
+    loss_N, *statistics = torch.ops.deepalign.completion_loss_.default(student, *arguments, None)
+    return _shaped([loss_N.sum() if total else loss_N, *statistics], student_NV)
 
 
 def completion_loss_rows_and_gradient(
@@ -50,6 +51,6 @@ def _flat(inputs: CompletionLossInputs) -> CompletionLossInputs:
 
 def _shaped(output: Sequence[Tensor], student_NV: Tensor) -> CompletionLossOutput:
     if student_NV.dim() != 2:
-        rows = student_NV.shape[:-1]
-        output = [*(value.view(rows) for value in output[:-1]), output[-1].view(*rows, output[-1].shape[-1])]
+        rows = student_NV.shape[:-1]  # of every value but a total
+        output = [value.view(rows + value.shape[1:]) if value.dim() else value for value in output]
     return CompletionLossOutput(*output)

@@ -5,6 +5,7 @@ cache; the backward only hands it on. `deepalign::completion_loss_` is the same 
 to where the caller says, which may be the student's own logits.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -81,26 +82,29 @@ def _backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor 
 torch.library.register_autograd("deepalign::completion_loss", _backward, setup_context=_setup_context, lib=LIBRARY)
 
 
-def completion_loss_with_gradient(student_NV: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """The op, differentiable in the student: loss, kl, completion, alpha, count, indices.
+def completion_loss_with_gradient(student_NV: Tensor, arguments: tuple[Any, ...], *, total: bool) -> Sequence[Tensor]:
+    """The op, differentiable in the student: loss (with `total` their sum), kl, completion, alpha, count, indices.
 
     Outside a compiled graph not by the op's own autograd, which reads the schema anew in every call: 60 us, a tenth of
-    the time of 64 rows of 32000 entries.
+    the time of 64 rows of 32000 entries. For the same reason the sum is no node of its own.
     """
-    if torch.compiler.is_compiling():
-        return torch.ops.deepalign.completion_loss.default(student_NV, *arguments, True)[:-1]
-    return _Rows.apply(student_NV, arguments)
+    if not torch.compiler.is_compiling():
+        return _Rows.apply(student_NV, arguments, total)
+    loss_N, *statistics = torch.ops.deepalign.completion_loss.default(student_NV, *arguments, True)[:-1]
+    return loss_N.sum() if total else loss_N, *statistics
 
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student_NV: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, student_NV: Tensor, arguments: tuple[Any, ...], total: bool) -> tuple[Tensor, ...]:
         gradient = torch.empty_like(student_NV, memory_format=torch.contiguous_format)
         output = torch.ops.deepalign.completion_loss_.default(student_NV, *arguments, gradient)
+        if total:
+            output = (output[0].sum(), *output[1:])
         _setup_context(ctx, (), (*output, gradient))
         return output
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor, None]:
-        return times_upstream(take_saved(ctx), 0, loss_gradient), None
+    def backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor, None, None]:
+        return times_upstream(take_saved(ctx), 0, loss_gradient), None, None

@@ -39,15 +39,18 @@ from deepalign.kernels.eager_math import (
 )
 
 
-def completion_loss_rows(student_NV: Tensor, inputs: CompletionLossInputs) -> CompletionLossOutput:
+def completion_loss_rows(
+    student_NV: Tensor, inputs: CompletionLossInputs, *, total: bool = False
+) -> CompletionLossOutput:
     """The weighted loss of every row and its statistics; differentiable in the student.
 
     Args:
         student_NV: (..., V) logits, of the dtype of the others.
         inputs: everything else, validated.
+        total: the sum of the losses instead.
 
     Returns:
-        `CompletionLossOutput` with `loss` of shape (...,).
+        `CompletionLossOutput` with `loss` of shape (...,), or (), a total.
     """
     config, kl_weight_N, completion_weight_N = inputs.config, inputs.kl_weight_N, inputs.completion_weight_N
     models = (student_NV, inputs.aligned_NV.detach(), inputs.base_NV.detach())
@@ -68,8 +71,9 @@ def completion_loss_rows(student_NV: Tensor, inputs: CompletionLossInputs) -> Co
     # A weight of 0 must remove its term even where the term overflowed: 0 * inf is NaN.
     loss_N = torch.where(kl_weight_N > 0, kl_weight_N * kl_N, 0.0)
     loss_N = loss_N + torch.where(completion_weight_N > 0, completion_weight_N * (alpha_N * completion_N), 0.0)
+    loss_N = _or_fill(loss_N, state)
     return CompletionLossOutput(
-        loss=_or_fill(loss_N, state),
+        loss=loss_N.sum() if total else loss_N,
         kl=_or_fill(kl_N.detach(), state),
         completion=_or_fill(completion_N.detach(), state),
         alpha=_or_fill(alpha_N, state),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from deepalign.kernels.contrastive_sample import contrastive_logits, contrastive_sample
 from deepalign.kernels.library import WHY_NO_NATIVE
-from tests.kernels.sampler_oracle import BELOW_ONE, RUNNABLE, random_uniforms, two_models
+from tests.kernels.sampler_oracle import BELOW_ONE, RUNNABLE, check_sample, random_uniforms, two_models
 
 VOCAB = 20011  # a prime: the last block is odd
 PATTERNS = ("peaked", "flat", "equal", "ascending", "descending", "few_values", "masked", "huge", "lowered")
@@ -171,7 +171,7 @@ def test_a_shift_of_the_base_model_changes_nothing(implementation: str, shift: f
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @each_implementation
 def test_entries_next_to_the_threshold(implementation: str, dtype: torch.dtype) -> None:
-    """All but one are favored, by 1e-5: an interval for the threshold that holds them all must not decide."""
+    """All but one are favored, by 1e-5, in rows whose exact sums are asked for at once: half of a row is large."""
     aligned = two_models(VOCAB)[0].mul(4).round().div(4)
     share_V = aligned.double().softmax(-1)
     alone = int((share_V.log() - math.log(1e-5)).abs().argmin())
@@ -181,6 +181,41 @@ def test_entries_next_to_the_threshold(implementation: str, dtype: torch.dtype) 
     rows = [model.to(dtype).expand(4, -1) for model in (aligned, base)]
     options = {"uniforms": random_uniforms(4), "top_k": 50, "implementation": implementation}
     assert contrastive_sample(*rows, alpha=4.0, **options).token_ids.tolist() == [alone] * 4
+
+
+def models_around_the_threshold(gap: float) -> tuple[list[Tensor], Tensor]:
+    """Aligned and base logits (VOCAB,), exact in bf16, and the mask of 24 large entries around the threshold.
+
+    Half of these are above it, by `gap` and up to 0.006, half below. All others are 9 lower. Together they hold a tenth
+    of the mass, each so little that a rough sum does for it, and at other fractions of a power of two in one model than
+    in the other. The large entries' share is the same in both models: the threshold is that of the others alone.
+    """
+    aligned, base = torch.full((VOCAB,), -9.0), torch.full((VOCAB,), -2.0)
+    base[::2] = -0.5
+    threshold = float(base.double().logsumexp(0) - aligned.double().logsumexp(0))
+    # 16 of them in the first of the row's parts, in different lanes, 8 in the rest
+    large = torch.cat([5 + 97 * torch.arange(16), 9000 + 997 * torch.arange(8)])
+    offsets = (gap + 2.0**-11 * torch.arange(1, 13)).repeat_interleave(2) * torch.tensor([1, -1]).repeat(12)
+    aligned[large], base[large] = (8.0 - threshold - offsets).bfloat16().float(), 8.0
+    return [aligned, base], torch.zeros(VOCAB, dtype=torch.bool).index_fill(0, large, True)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.0625])
+@pytest.mark.parametrize(("alpha", "space"), [(0.5, "logits"), (0.5, "logprobs"), (0.0, "logits")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@each_implementation
+def test_candidates_just_above_and_below_the_threshold(
+    implementation: str, dtype: torch.dtype, alpha: float, space: str, gap: float
+) -> None:
+    """Without a gap, nearer to it than rough sums can tell: the row must be summed exactly."""
+    (aligned, base), large_V = models_around_the_threshold(gap)
+    threshold = base.double().logsumexp(0) - aligned.double().logsumexp(0)
+    excess = ((base - aligned).double() - threshold)[large_V]
+    assert ((excess > 1e-4).sum(), (excess < -1e-4).sum(), (excess.abs() < 7e-3).sum()) == (12, 12, 0 if gap else 24)
+    rows = [model.to(dtype).expand(3, -1) for model in (aligned, base)]
+    uniforms = torch.tensor([0.0, 0.6, BELOW_ONE], dtype=torch.float64)
+    named = {"alpha": alpha, "space": space, "implementation": implementation}
+    check_sample(*rows, uniforms, top_k=16, **named)
 
 
 @each_implementation

@@ -1,5 +1,6 @@
 """The public sampler: validate, draw the uniforms, choose an implementation."""
 
+import sys
 from collections.abc import Callable
 from typing import get_args
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 
 from deepalign.kernels.checks import (
+    COMPILED_DTYPES,
     check_choice,
     check_filters,
     check_logits,
@@ -27,6 +29,8 @@ from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 Implementation = Callable[[Tensor, Tensor, Tensor, SampleOptions], ContrastiveSample]
 
 NUMBERS = frozenset({float, int})
+LARGEST_FLOAT = sys.float_info.max  # an int can be larger
+LARGEST_WIDTH = 2**31 - 1
 
 # By name: an implementation, or why it cannot run.
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
@@ -90,9 +94,9 @@ def contrastive_sample(
         ValueError: a value, shape or device that does not fit, or both `generator` and `uniforms`.
         RuntimeError: the implementation cannot run.
     """
-    if uniforms is not None and generator is None and implementation in (None, "cpu"):
-        filters = (top_k, top_p, min_p)
-        sampled = _at_once(aligned_logits, base_logits, uniforms, alpha, temperature, filters, space, vocab_size)
+    if implementation in (None, "cpu"):
+        filters, randomness = (top_k, top_p, min_p), (generator, uniforms)
+        sampled = _at_once(aligned_logits, base_logits, randomness, alpha, temperature, filters, space, vocab_size)
         if sampled is not None:
             return sampled
     width = check_logits(vocab_size, aligned_logits=aligned_logits, base_logits=base_logits)
@@ -120,17 +124,17 @@ def contrastive_sample(
 def _at_once(
     aligned_NV: Tensor,
     base_NV: Tensor,
-    uniforms_N: Tensor,
+    randomness: tuple[torch.Generator | None, Tensor | None],
     alpha: float,
     temperature: float,
     filters: tuple[int, float, float],
     space: str,
     vocab_size: int | None,
 ) -> ContrastiveSample | None:
-    """A call as most are: plain CPU tensors (N, V) and (N,), plain numbers. None leaves it to the checks.
+    """A call as most are: plain CPU tensors (N, V) and plain numbers. None leaves it to the checks, nothing drawn.
 
-    The op checks for itself what is left. The checks that say what is wrong touch so much of the interpreter that, when
-    other code had the caches, they take longer than the sample of a row.
+    The checks that say what is wrong touch so much of the interpreter that, when other code had the caches, they take
+    longer than the sample of a row.
     """
     top_k, top_p, min_p = filters
     if (
@@ -140,23 +144,64 @@ def _at_once(
         or type(top_k) is not int
         or (vocab_size is not None and type(vocab_size) is not int)
         or (space != "logits" and space != "logprobs")
-        or not type(aligned_NV) is type(base_NV) is type(uniforms_N) is Tensor
-        or not (aligned_NV.is_cpu and base_NV.is_cpu and uniforms_N.is_cpu and aligned_NV.dim() == 2)
-        or uniforms_N.dim() != 1
+        or not type(aligned_NV) is type(base_NV) is Tensor
+        or not (aligned_NV.is_cpu and base_NV.is_cpu and aligned_NV.dim() == 2)
         or aligned_NV.requires_grad
         or base_NV.requires_grad
+    ):
+        return None
+    generator, uniforms_N = randomness
+    width = aligned_NV.shape[1] if vocab_size is None else vocab_size
+    options = (alpha, temperature, top_k, top_p, min_p, space == "logprobs", width)
+    if uniforms_N is None:
+        if not _op_takes(aligned_NV, base_NV, generator, alpha, temperature, filters, width):
+            return None
+        rows = aligned_NV.shape[0]
+        uniforms_N = torch.rand(rows, generator=generator, dtype=torch.float32, device=aligned_NV.device)
+        return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
+    if (
+        generator is not None
+        or type(uniforms_N) is not Tensor
+        or not uniforms_N.is_cpu
+        or uniforms_N.dim() != 1
         or uniforms_N.requires_grad
     ):
         return None
     for value in uniforms_N.tolist():
         if not 0 <= value < 1:
             return None
-    width = aligned_NV.shape[1] if vocab_size is None else vocab_size
-    try:
-        return ContrastiveSample(
-            *cpu.OP(
-                aligned_NV, base_NV, uniforms_N, alpha, temperature, top_k, top_p, min_p, space == "logprobs", width
-            )
-        )
+    try:  # the op checks what is left
+        return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
     except (RuntimeError, TypeError, OverflowError):
         return None
+
+
+def _op_takes(
+    aligned_NV: Tensor,
+    base_NV: Tensor,
+    generator: torch.Generator | None,
+    alpha: float,
+    temperature: float,
+    filters: tuple[int, float, float],
+    width: int,
+) -> bool:
+    """Whether the op cannot refuse: asked before uniforms are drawn, which it would be too late to take back.
+
+    Of plain CPU tensors, the first of them (N, V), and plain numbers. As strict as the op; what it leaves out of the
+    checks' accepted calls (a top_k beyond the vocabulary, logits strided in it) is served the long way.
+    """
+    top_k, top_p, min_p = filters
+    shape = aligned_NV.shape
+    return (
+        (generator is None or (type(generator) is torch.Generator and generator.device.type == "cpu"))
+        and aligned_NV.dtype in COMPILED_DTYPES
+        and base_NV.dtype == aligned_NV.dtype
+        and base_NV.shape == shape
+        and (shape[1] == 1 or aligned_NV.stride(1) == base_NV.stride(1) == 1)
+        and 1 <= width <= min(shape[1], LARGEST_WIDTH)
+        and 0 <= top_k <= width
+        and 0 <= alpha <= LARGEST_FLOAT
+        and 0 <= temperature <= LARGEST_FLOAT
+        and 0 < top_p <= 1
+        and 0 <= min_p <= 1
+    )

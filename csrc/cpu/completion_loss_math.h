@@ -109,7 +109,8 @@ struct LossMaskedScan {
     const Pair p = choose(mask, exp_s(relative(xs, max_s)), zero);
     const Pair q = choose(mask, exp_t(relative(xt, max_t)), zero);
     sums.s = add_both(sums.s, p), sums.t = add_both(sums.t, q);
-    sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, xt - xs) : add_products(sums.divergence, p, xs - xt);
+    sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, xt - xs)
+                                          : add_products(sums.divergence, p, xs - xt);
     sums.logits = add_both(sums.logits, xs);
     largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
   }

@@ -50,7 +50,8 @@ class CompletionLossRow {
   template <class Scan>
   LossSums scan_with(const Scan& scan, int64_t segment, GroupMaxima& maxima) const;
   template <bool kPlain>
-  DEEPALIGN_INLINE static void scan_step(const LossScan<kPlain>& scan, Step x, MaskPair, LossAccumulators& sums, Pair& largest) {
+  DEEPALIGN_INLINE static void scan_step(
+      const LossScan<kPlain>& scan, Step x, MaskPair, LossAccumulators& sums, Pair& largest) {
     scan.add(x.s, x.a, x.b, sums, largest);
   }
   DEEPALIGN_INLINE static void scan_step(
@@ -234,7 +235,8 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
     } else if (!careful_ && i + kStep <= end) {
       const Pair xt = fma(splat(mix_), x.b - x.a, x.a), p = exp_s(x.s), q = exp_t(xt);
       rest.s = add_both(rest.s, p), rest.t = add_both(rest.t, q);
-      rest.divergence = args_.teacher_student ? add_products(rest.divergence, q, xt - x.s) : add_products(rest.divergence, p, x.s - xt);
+      rest.divergence = args_.teacher_student ? add_products(rest.divergence, q, xt - x.s)
+                                              : add_products(rest.divergence, p, x.s - xt);
     } else {
       scan_step(masked, x, first_entries<T>(end - i), rest, ignored);
     }

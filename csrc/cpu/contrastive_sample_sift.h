@@ -1,8 +1,9 @@
 // Pass 1 of the sampler where few entries are kept and the threshold lse(b) - lse(a) only decides for them on which side of
 // it they are: then an interval that holds the threshold does, unless a candidate falls into it.
 //
-//   head    the first part of the row, an eighth or more, is scanned as ever. At least k entries reach the bound that its maxima give, so an
-//           entry below it, in a, is none of the k largest; and its sums tell which entries hardly weigh.
+//   head    the first part of the row, an eighth or more, is scanned as ever. At least k entries reach the bound that its
+//           maxima give, so an entry below it, in a, is none of the k largest; and its sums tell which entries hardly
+//           weigh.
 //   sift    of the rest, what is small in both respects is summed roughly, with three instructions an entry instead of
 //           eight; steps that hold anything larger are listed.
 //   weigh   the larger entries of the listed steps have their exact exponentials, and their group maxima raise the bound.

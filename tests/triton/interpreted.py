@@ -60,11 +60,13 @@ class _Rows(torch.autograd.Function):
         return scaled.view(*upstream.shape, gradient.shape[-1]), None
 
 
-def _rows(student: Tensor, inputs: CompletionLossInputs) -> CompletionLossOutput:
+def _rows(student: Tensor, inputs: CompletionLossInputs, *, total: bool = False) -> CompletionLossOutput:
     if torch.is_grad_enabled() and student.requires_grad:
-        return CompletionLossOutput(*_Rows.apply(student, inputs))
-    output = loss_triton.completion_loss_(dense_rows(student), *_arguments(inputs), None, together=False)
-    return _shaped(output, student)
+        output = CompletionLossOutput(*_Rows.apply(student, inputs))
+    else:
+        arguments = _arguments(inputs)
+        output = _shaped(loss_triton.completion_loss_(dense_rows(student), *arguments, None, together=False), student)
+    return output._replace(loss=output.loss.sum()) if total else output
 
 
 def _rows_and_gradient(student: Tensor, inputs: CompletionLossInputs, gradient: Tensor) -> CompletionLossOutput:

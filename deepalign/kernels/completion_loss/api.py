@@ -25,6 +25,8 @@ PAPER_CONFIG = CompletionLossConfig()  # frozen, so one instance serves every ca
 
 
 class Rows(Protocol):
+    """The weighted losses of the rows (...,), or their total (), and the statistics of each row."""
+
     def __call__(
         self, student_NV: Tensor, inputs: CompletionLossInputs, *, total: bool = False
     ) -> CompletionLossOutput: ...

@@ -43,18 +43,46 @@ struct LossOutputs {
   Tensor loss, kl, completion, alpha, count, indices;
 };
 
-LossOutputs completion_loss(const Tensor& student, const Tensor& aligned, const Tensor& base, const Tensor& kl_weight,
-                            const Tensor& completion_weight, const std::optional<Tensor>& given, CompletionLossArgs args,
+// A weight per row: what was given, 1 where nothing was.
+class RowWeight {
+ public:
+  RowWeight(const char* name, const std::optional<Tensor>& given, int64_t rows) : rows_(rows) {
+    if (given) {
+      data_ = check_per_row<float>(name, *given, ScalarType::Float, rows);
+    } else {
+      own_.assign(size_t(rows), 1.0f), data_ = own_.data();
+    }
+  }
+  void check_values(const char* name) const {
+    for (int64_t row = 0; row < rows_; ++row) {
+      STD_TORCH_CHECK(data_[row] >= 0 && std::isfinite(data_[row]), "deepalign: ", name, " must be finite and not negative");
+    }
+  }
+  void divide_by_sum() {
+    double sum = 0.0;
+    for (int64_t row = 0; row < rows_; ++row) sum += data_[row];
+    if (sum == 0.0) return;
+    own_.assign(data_, data_ + rows_), data_ = own_.data();
+    for (float& weight : own_) weight = float(weight / sum);
+  }
+  const float* data() const { return data_; }
+
+ private:
+  int64_t rows_;
+  const float* data_;
+  std::vector<float> own_;
+};
+
+LossOutputs completion_loss(const Tensor& student, const Tensor& aligned, const Tensor& base, const RowWeight& kl_weight,
+                            const RowWeight& completion_weight, const std::optional<Tensor>& given, CompletionLossArgs args,
                             Tensor* gradient) {
-  STD_TORCH_CHECK(student.dim() == 2, "deepalign: student must be (rows, vocabulary)");
   args.dtype = check_dtype(student);
   args.rows = student.size(0), args.width = student.size(1);
   check_vocab_size(args.vocab_size, student);
   args.student = check_logits("student", student, student);
   args.aligned = check_logits("aligned", aligned, student);
   args.base = check_logits("base", base, student);
-  args.kl_weight = check_per_row<float>("kl_weight", kl_weight, ScalarType::Float, args.rows);
-  args.completion_weight = check_per_row<float>("completion_weight", completion_weight, ScalarType::Float, args.rows);
+  args.kl_weight = kl_weight.data(), args.completion_weight = completion_weight.data();
   if (given) {
     args.top_k = given->size(1);
     args.given = check_per_row<int64_t>("top_k_indices", *given, ScalarType::Long, args.rows, args.top_k);
@@ -85,26 +113,36 @@ CompletionLossArgs loss_options(int64_t top_k, double teacher_mix, double temper
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completion_loss_new(
-    Tensor student, Tensor aligned, Tensor base, Tensor kl_weight, Tensor completion_weight, std::optional<Tensor> given,
-    int64_t top_k, double teacher_mix, double temperature, double alpha_base, double gamma, double lambda_reg,
-    bool teacher_student, bool favored_from_student, bool centered_square, int64_t vocab_size, bool with_gradient) {
+    Tensor student, Tensor aligned, Tensor base, std::optional<Tensor> kl_weight, std::optional<Tensor> completion_weight,
+    std::optional<Tensor> given, int64_t top_k, double teacher_mix, double temperature, double alpha_base, double gamma,
+    double lambda_reg, bool teacher_student, bool favored_from_student, bool centered_square, int64_t vocab_size,
+    bool with_gradient) {
+  STD_TORCH_CHECK(student.dim() == 2, "deepalign: student must be (rows, vocabulary)");
   const CompletionLossArgs args = loss_options(top_k, teacher_mix, temperature, alpha_base, gamma, lambda_reg, teacher_student,
                                                favored_from_student, centered_square, vocab_size);
   Tensor gradient = empty({with_gradient ? student.size(0) : 0, student.size(1)}, student.scalar_type());
-  const LossOutputs out =
-      completion_loss(student, aligned, base, kl_weight, completion_weight, given, args, with_gradient ? &gradient : nullptr);
+  const RowWeight wd("kl_weight", kl_weight, student.size(0)), wc("completion_weight", completion_weight, student.size(0));
+  const LossOutputs out = completion_loss(student, aligned, base, wd, wc, given, args, with_gradient ? &gradient : nullptr);
   return {out.loss, out.kl, out.completion, out.alpha, out.count, out.indices, gradient};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> completion_loss_into(
-    Tensor student, Tensor aligned, Tensor base, Tensor kl_weight, Tensor completion_weight, std::optional<Tensor> given,
-    int64_t top_k, double teacher_mix, double temperature, double alpha_base, double gamma, double lambda_reg,
-    bool teacher_student, bool favored_from_student, bool centered_square, int64_t vocab_size,
-    std::optional<Tensor> gradient) {
+    Tensor student, Tensor aligned, Tensor base, std::optional<Tensor> kl_weight, std::optional<Tensor> completion_weight,
+    std::optional<Tensor> given, int64_t top_k, double teacher_mix, double temperature, double alpha_base, double gamma,
+    double lambda_reg, bool teacher_student, bool favored_from_student, bool centered_square, int64_t vocab_size,
+    std::optional<Tensor> gradient, bool mean, bool total) {
+  STD_TORCH_CHECK(student.dim() == 2, "deepalign: student must be (rows, vocabulary)");
   const CompletionLossArgs args = loss_options(top_k, teacher_mix, temperature, alpha_base, gamma, lambda_reg, teacher_student,
                                                favored_from_student, centered_square, vocab_size);
-  const LossOutputs out = completion_loss(student, aligned, base, kl_weight, completion_weight, given, args,
-                                          gradient ? &*gradient : nullptr);
+  RowWeight wd("kl_weight", kl_weight, student.size(0)), wc("completion_weight", completion_weight, student.size(0));
+  wd.check_values("kl_weight"), wc.check_values("completion_weight");
+  if (mean) wd.divide_by_sum(), wc.divide_by_sum();
+  LossOutputs out = completion_loss(student, aligned, base, wd, wc, given, args, gradient ? &*gradient : nullptr);
+  if (total) {
+    double sum = 0.0;
+    for (int64_t row = 0; row < student.size(0); ++row) sum += data<float>(out.loss)[row];
+    out.loss = empty({}, ScalarType::Float), *data<float>(out.loss) = float(sum);
+  }
   return {out.loss, out.kl, out.completion, out.alpha, out.count, out.indices};
 }
 

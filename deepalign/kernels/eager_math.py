@@ -103,3 +103,9 @@ def top_k_lowest_index(values_NV: Tensor, present_NV: Tensor, k: int) -> tuple[T
     order_NK = keys_NV.gather(-1, index_NK).sort(dim=-1, descending=True, stable=True).indices
     index_NK = index_NK.gather(-1, order_NK)
     return index_NK, present_NV.gather(-1, index_NK)
+
+
+def divided_by_sum(weight_N: Tensor) -> Tensor:
+    """Weights (N,) >= 0 that sum to 1; those that sum to 0 stay 0, without a look at the sum."""
+    total = weight_N.sum()
+    return torch.where(total > 0, weight_N / total, 0.0)

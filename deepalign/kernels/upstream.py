@@ -75,6 +75,8 @@ def is_alone(held: list[Tensor], place: int) -> bool:
 
 
 def _is_one(upstream: Tensor) -> bool:
+    if not upstream.dim():
+        return upstream.item() == 1.0
     if upstream.numel() and not any(upstream.stride()):  # expanded from one number
         return upstream[(0,) * upstream.dim()].item() == 1.0
     return all(value == 1.0 for value in upstream.flatten().tolist())

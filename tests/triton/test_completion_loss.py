@@ -331,6 +331,24 @@ def test_one_launch_gives_the_same_as_two(given: bool, monkeypatch: pytest.Monke
         torch.testing.assert_close(left, right)  # the penalty's terms are added in another order
 
 
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("total", [False, True])
+def test_the_op_reduces_as_the_cpus_does(mean: bool, total: bool) -> None:
+    models = three_models(3, 257)
+    options = {"kl_weight": None, "completion_weight": torch.tensor([0.5, 0.0, 2.0])}
+    gradient, expected_gradient = torch.empty_like(models[0]), torch.empty_like(models[0])
+    with small(2):
+        arguments = op_call(*models, **options)
+        output = loss_triton.completion_loss_(*arguments, gradient, mean, total, together=False)
+    weights = [torch.ones(3), options["completion_weight"]]
+    weights = [weight / weight.sum() if mean else weight for weight in weights]
+    arguments = op_call(*models, kl_weight=weights[0], completion_weight=weights[1])
+    loss, *statistics = torch.ops.deepalign.completion_loss_(*arguments, expected_gradient)
+    for left, right in zip(output, (loss.sum() if total else loss, *statistics), strict=True):
+        torch.testing.assert_close(left, right)
+    torch.testing.assert_close(gradient, expected_gradient)
+
+
 def test_results_do_not_depend_on_what_else_is_in_the_batch() -> None:
     models = three_models(3, 1504, dtype=torch.bfloat16)
     with small(2, vocab=1504):

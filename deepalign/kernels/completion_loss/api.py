@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from deepalign.kernels.checks import (
     check_choice,
@@ -17,10 +18,13 @@ from deepalign.kernels.checks import (
 from deepalign.kernels.completion_loss import cpu
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.completion_loss.inplace import RowsAndGradient, completion_loss_rows_inplace
+from deepalign.kernels.completion_loss.op import OP_INTO, CompletionLossRows, config_arguments
 from deepalign.kernels.completion_loss.reference import completion_loss_rows, completion_loss_rows_and_gradient
+from deepalign.kernels.eager_math import divided_by_sum
 from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 
 Reduction = Literal["mean", "sum", "none"]
+REDUCTIONS = get_args(Reduction)
 PAPER_CONFIG = CompletionLossConfig()  # frozen, so one instance serves every call
 
 
@@ -39,10 +43,11 @@ class Implementation(NamedTuple):
     rows_and_gradient: RowsAndGradient  # the same, detached; writes the gradient into its last argument
 
 
+NATIVE = WHY_NO_NATIVE or Implementation(cpu.completion_loss_rows, cpu.completion_loss_rows_and_gradient)
 # By name: an implementation, or why it cannot run.
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
     "reference": Implementation(completion_loss_rows, completion_loss_rows_and_gradient),
-    "cpu": WHY_NO_NATIVE or Implementation(cpu.completion_loss_rows, cpu.completion_loss_rows_and_gradient),
+    "cpu": NATIVE,
     # The same functions: the ops they call have a kernel per device.
     "triton": WHY_NO_TRITON or Implementation(cpu.completion_loss_rows, cpu.completion_loss_rows_and_gradient),
 }
@@ -87,6 +92,11 @@ def fused_completion_loss(
         ValueError: a value, shape or device that does not fit, or `inplace=True` on logits not to be overwritten.
         RuntimeError: the implementation cannot run.
     """
+    if inplace is False and top_k_indices is None and implementation in (None, "cpu"):
+        models, weights = (student_logits, aligned_logits, base_logits), (kl_weight, completion_weight)
+        output = _at_once(models, weights, config, vocab_size, reduction)
+        if output is not None:
+            return output
     check_settings(config, reduction, inplace=inplace)
     vocab_size = check_logits(
         vocab_size, student_logits=student_logits, aligned_logits=aligned_logits, base_logits=base_logits
@@ -109,6 +119,56 @@ def fused_completion_loss(
     return chosen.rows(student_logits, inputs, total=reduction != "none")
 
 
+def _at_once(
+    models: tuple[Tensor, Tensor, Tensor],
+    weights: tuple[Tensor | None, Tensor | None],
+    config: CompletionLossConfig,
+    vocab_size: int | None,
+    reduction: str,
+) -> CompletionLossOutput | None:
+    """A call as most are: plain CPU tensors, logits (N, V), the defaults elsewhere. None leaves it to the checks.
+
+    The checks that say what is wrong and the operations on tensors around the op touch so much of the interpreter and
+    of torch that, when other code had the caches, they take as long as ten rows of 32000 entries.
+    """
+    student_NV, aligned_NV, base_NV = models
+    if (
+        torch.compiler.is_compiling()
+        or WHY_NO_NATIVE
+        or IMPLEMENTATIONS["cpu"] is not NATIVE
+        or type(config) is not CompletionLossConfig
+        or (vocab_size is not None and type(vocab_size) is not int)
+        or type(reduction) is not str
+        or reduction not in REDUCTIONS
+        or (type(student_NV) is not Tensor and type(student_NV) is not Parameter)
+    ):
+        return None
+    for frozen in (aligned_NV, base_NV, *weights):
+        if frozen is not None and (type(frozen) is not Tensor or not frozen.is_cpu or frozen.requires_grad):
+            return None
+    for weight_N in weights:
+        if weight_N is not None and weight_N.dim() != 1:
+            return None
+    if student_NV.dim() != 2 or not student_NV.is_cpu:
+        return None
+    width = student_NV.shape[1]
+    arguments = (
+        aligned_NV,
+        base_NV,
+        *weights,
+        None,
+        *config_arguments(config),
+        width if vocab_size is None else vocab_size,
+    )
+    mean, total = reduction == "mean", reduction != "none"
+    try:  # the op checks what is left
+        if torch.is_grad_enabled() and student_NV.requires_grad:
+            return CompletionLossOutput(*CompletionLossRows.apply(student_NV, arguments, mean, total))
+        return CompletionLossOutput(*OP_INTO(student_NV, *arguments, None, mean, total))
+    except (RuntimeError, TypeError):
+        return None
+
+
 def check_settings(config: CompletionLossConfig, reduction: str, **flags: bool) -> None:
     """Check what both forms of the loss take beside tensors.
 
@@ -121,7 +181,7 @@ def check_settings(config: CompletionLossConfig, reduction: str, **flags: bool) 
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise TypeError(f"{name} is {flag!r}; expected True or False")
-    check_choice("reduction", reduction, get_args(Reduction))
+    check_choice("reduction", reduction, REDUCTIONS)
 
 
 def check_selection(config: CompletionLossConfig, top_k_indices: Tensor | None, rows: Tensor, vocab_size: int) -> None:
@@ -147,16 +207,9 @@ def row_weights(
 
 def _row_weight(name: str, weight: Tensor | None, rows: Tensor, reduction: str) -> Tensor:
     if weight is not None or torch.compiler.is_compiling():
-        return _normalise(check_row_weight(name, weight, rows), reduction)
+        weight_N = check_row_weight(name, weight, rows)
+        return divided_by_sum(weight_N) if reduction == "mean" else weight_N
     # Every row alike: known without an operation on tensors, of which each costs what some hundred entries cost.
     shape = rows.shape[:-1]
     value = 1.0 / max(1, shape.numel()) if reduction == "mean" else 1.0
     return torch.full(shape, value, dtype=compute_dtype(rows), device=rows.device)
-
-
-def _normalise(weight_N: Tensor, reduction: str) -> Tensor:
-    """Weights such that the sum over rows is the reduction; weights that sum to 0 stay 0, without a look at the sum."""
-    if reduction != "mean":
-        return weight_N
-    total = weight_N.sum()
-    return torch.where(total > 0, weight_N / total, 0.0)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
-from deepalign.kernels.completion_loss.op import completion_loss_with_gradient, op_arguments
+from deepalign.kernels.completion_loss.op import OP_INTO, completion_loss_with_gradient, op_arguments
 from deepalign.kernels.library import dense_rows
 
 
@@ -21,8 +21,7 @@ def completion_loss_rows(
     student, arguments = dense_rows(student_NV), op_arguments(_flat(inputs))
     if torch.is_grad_enabled() and student_NV.requires_grad:
         return _shaped(completion_loss_with_gradient(student, arguments, total=total), student_NV)
-    loss_N, *statistics = torch.ops.deepalign.completion_loss_.default(student, *arguments, None)
-    return _shaped([loss_N.sum() if total else loss_N, *statistics], student_NV)
+    return _shaped(OP_INTO(student, *arguments, None, False, total), student_NV)
 
 
 def completion_loss_rows_and_gradient(
@@ -31,7 +30,7 @@ def completion_loss_rows_and_gradient(
     """As `completion_loss_rows`, detached, the gradient of the summed loss in `gradient_NV`."""
     student, arguments = dense_rows(student_NV), op_arguments(_flat(inputs))
     target = dense_rows(gradient_NV)
-    output = torch.ops.deepalign.completion_loss_.default(student, *arguments, target)
+    output = OP_INTO(student, *arguments, target)
     if target.data_ptr() != gradient_NV.data_ptr():
         gradient_NV.copy_(target.view(gradient_NV.shape))
     torch.autograd.graph.increment_version(gradient_NV)

@@ -27,7 +27,7 @@ from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.completion_loss.triton_rows import rows_kernel
 from deepalign.kernels.completion_loss.triton_select import select_kernel
-from deepalign.kernels.eager_math import top_k_lowest_index
+from deepalign.kernels.eager_math import divided_by_sum, top_k_lowest_index
 from deepalign.kernels.launch import (
     ALL_REGISTERS,
     SHARED_REGISTERS,
@@ -94,8 +94,8 @@ def completion_loss_(
     student: Tensor,
     aligned: Tensor,
     base: Tensor,
-    kl_weight: Tensor,
-    completion_weight: Tensor,
+    kl_weight: Tensor | None,
+    completion_weight: Tensor | None,
     top_k_indices: Tensor | None,
     *arguments: Any,
     together: bool = True,
@@ -105,10 +105,21 @@ def completion_loss_(
     `together=False` launches the two passes one after the other, as an interpreter must that runs one program at a
     time.
     """
-    *options, gradient = arguments
-    return run_rows(
-        student, aligned, base, kl_weight, completion_weight, top_k_indices, Options(*options), gradient, together
-    )[:-1]
+    given = len(Options._fields) - 1  # all but `distill`
+    options, gradient = Options(*arguments[:given]), arguments[given]
+    mean, total = (*arguments[given + 1 :], False, False)[:2]  # left out where they are False
+    wd, wc = (_row_weight(weight, student, mean) for weight in (kl_weight, completion_weight))
+    loss, *statistics, _ = run_rows(student, aligned, base, wd, wc, top_k_indices, options, gradient, together)
+    return loss.sum() if total else loss, *statistics
+
+
+def _row_weight(weight: Tensor | None, rows: Tensor, mean: bool) -> Tensor:
+    """What a row counts: what was given, or 1; with `mean` divided by their sum."""
+    if weight is None:
+        return torch.full(
+            rows.shape[:1], 1.0 / max(1, rows.shape[0]) if mean else 1.0, dtype=torch.float32, device=rows.device
+        )
+    return divided_by_sum(weight) if mean else weight
 
 
 def run_rows(

@@ -10,13 +10,30 @@ copy.
 """
 
 import sys
+from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from deepalign.kernels.library import WHY_NO_TRITON
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """torch's `once_differentiable`, in its way only where a second derivative is asked for.
+
+    It turns autograd off in Python, which takes 20 us when other code had the caches; the engine has turned it off.
+    """
+    guarded = once_differentiable(backward)
+
+    @wraps(backward)
+    def call(ctx: Any, *upstream: Tensor | None) -> Any:
+        return (guarded if torch.is_grad_enabled() else backward)(ctx, *upstream)
+
+    return call
 
 
 def take_saved(ctx: Any) -> list[Tensor]:

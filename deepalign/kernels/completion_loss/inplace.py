@@ -11,10 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
-from deepalign.kernels.upstream import take_saved, times_upstream
+from deepalign.kernels.upstream import first_derivative_only, take_saved, times_upstream
 
 RowsAndGradient = Callable[[Tensor, CompletionLossInputs, Tensor], CompletionLossOutput]
 
@@ -51,7 +50,7 @@ class _InplaceRows(torch.autograd.Function):
         return tuple(output)
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor, None, None]:
         # The student's logits still refer to the buffer, but nobody may use them any more.
         return times_upstream(take_saved(ctx), 0, upstream[0], given_away=True), None, None

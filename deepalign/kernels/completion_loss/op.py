@@ -10,11 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs
 from deepalign.kernels.library import LIBRARY, implement_on_gpu
-from deepalign.kernels.upstream import take_saved, times_upstream
+from deepalign.kernels.upstream import first_derivative_only, take_saved, times_upstream
 
 _INPUTS = (
     "Tensor aligned, Tensor base, Tensor? kl_weight, Tensor? completion_weight, Tensor? top_k_indices, int top_k, "
@@ -113,6 +112,6 @@ class CompletionLossRows(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
+    @first_derivative_only
     def backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor, None, None, None]:
         return times_upstream(take_saved(ctx), 0, loss_gradient), None, None, None

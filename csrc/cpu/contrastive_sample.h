@@ -90,11 +90,10 @@ class ContrastiveSampleWork {
   const Cut cut_;
   GroupMaxima maxima_;
   Candidates candidates_;
-  std::vector<SampleBlock> blocks_;
+  Buffer<SampleBlock> blocks_;
   std::vector<Part> parts_;
   std::unique_ptr<int32_t[]> steps_;
   std::vector<double> weights_;
-  std::vector<int32_t> order_;
   const Parallel* parallel_ = nullptr;
   int64_t index_ = 0;
   float largest_ = 0.0f;
@@ -155,7 +154,7 @@ bool ContrastiveSampleWork<T>::sift(Row& row) {
   const int64_t head = wanted / cut_.block * cut_.block, whole = size - size % kStep;
   if (top_k_ == 0 || args_.log_space || head == 0 || 2 * head > size || !row.ordinary()) return false;
   maxima_.clear();
-  SampleSums exact = row.scan(0, head, maxima_), rough;
+  SampleSums exact = row.template scan<CoarseExponential>(0, head, maxima_), rough;
   const float bound = row.bound(maxima_, top_k_, exact.largest);
   if (!row.set_large(exact, bound) || !sift_rest(row, head, whole, rough)) return false;
   for (const Part& part : parts_) exact += row.weigh(part.large, maxima_);
@@ -209,7 +208,7 @@ SampleTally ContrastiveSampleWork<T>::tally(const Row& row, float cut) {
 template <class T>
 void ContrastiveSampleWork<T>::draw_from_few(const Row& row) {
   int64_t kept = candidates_.size();
-  weights_.resize(size_t(kept)), order_.resize(size_t(kept));
+  weights_.resize(size_t(kept));
   double total = 0.0, before = 0.0;
   for (int64_t i = 0; i < kept; ++i) total += weights_[size_t(i)] = row.weight(candidates_.key(i));
   if (args_.top_p < 1) {
@@ -218,16 +217,12 @@ void ContrastiveSampleWork<T>::draw_from_few(const Row& row) {
     kept = n;
   }
   while (kept > 1 && weights_[size_t(kept - 1)] < args_.min_p) --kept;
-  for (int64_t i = 0; i < kept; ++i) order_[size_t(i)] = int32_t(i);
-  std::sort(order_.begin(), order_.begin() + kept,
-            [this](int32_t i, int32_t j) { return candidates_.index(i) < candidates_.index(j); });
   total = 0.0;
-  for (int64_t i = 0; i < kept; ++i) total += weights_[size_t(order_[size_t(i)])];
+  candidates_.in_index_order(kept, [&](int64_t rank) { total += weights_[size_t(rank)]; });
   SampleDraw draw{uniform() * total};
-  for (int64_t i = 0; i < kept; ++i) {
-    const int64_t j = order_[size_t(i)];
-    draw.offer(candidates_.index(j), candidates_.key(j), weights_[size_t(j)]);
-  }
+  candidates_.in_index_order(kept, [&](int64_t rank) {
+    draw.offer(candidates_.index(rank), candidates_.key(rank), weights_[size_t(rank)]);
+  });
   write(draw.token, row.exponent(draw.x) - std::log(total));
 }
 

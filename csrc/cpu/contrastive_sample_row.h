@@ -45,8 +45,9 @@ struct Contrast {
 };
 
 // Pass 1 over a block.
+template <class Exp>
 struct SampleScan {
-  Exponential exp;
+  Exp exp;
   Float origin_a, origin_b, minus_alpha, start, floor;
   Float a, b, spread, peak;
   Pair lowered;
@@ -105,11 +106,12 @@ struct SampleDraw {
 template <class T>
 class ContrastiveSampleRow {
  public:
-  ContrastiveSampleRow(const ContrastiveSampleArgs& args, const Cut& cut, std::vector<SampleBlock>& blocks, int64_t row);
+  ContrastiveSampleRow(const ContrastiveSampleArgs& args, const Cut& cut, Buffer<SampleBlock>& blocks, int64_t row);
 
   bool bad() const { return bad_; }
   bool ordinary() const { return !careful_; }
   void start_carefully();
+  template <class Exp = Exponential>
   SampleSums scan(int64_t begin, int64_t end, GroupMaxima& maxima) const;
   bool conclude(const SampleSums& sums);  // false: the sums are no use, start carefully
   float bound(const GroupMaxima& maxima, int64_t k, float largest) const;
@@ -143,7 +145,7 @@ class ContrastiveSampleRow {
 
   const ContrastiveSampleArgs& args_;
   const Cut& cut_;
-  std::vector<SampleBlock>& blocks_;
+  Buffer<SampleBlock>& blocks_;
   const T *const a_, *const b_;
   const float alpha_, scale_, floor_;
   bool careful_ = false, bad_ = false, exact_ = false;
@@ -157,7 +159,7 @@ class ContrastiveSampleRow {
 
 template <class T>
 ContrastiveSampleRow<T>::ContrastiveSampleRow(
-    const ContrastiveSampleArgs& args, const Cut& cut, std::vector<SampleBlock>& blocks, int64_t row)
+    const ContrastiveSampleArgs& args, const Cut& cut, Buffer<SampleBlock>& blocks, int64_t row)
     : args_(args), cut_(cut), blocks_(blocks), a_(row_of<T>(args.aligned, row)), b_(row_of<T>(args.base, row)),
       alpha_(float(args.alpha)), scale_(float(std::max(0x1p-60, std::min(0x1p60, kLog2E / args.temperature)))),
       floor_(-200.0f / scale_), exp_(weight_exponential(scale_)) {
@@ -200,9 +202,10 @@ void ContrastiveSampleRow<T>::start_carefully() {
 // What is ranked is a lower bound for x: a - alpha max(d, start), to which `bound` adds alpha min(start, threshold). In
 // logits, start is 0; in log-probabilities, a guess of the threshold.
 template <class T>
+template <class Exp>
 SampleSums ContrastiveSampleRow<T>::scan(int64_t first, int64_t last, GroupMaxima& maxima) const {
   const float bits = float(kLog2E), start = args_.log_space ? origin_b_ - origin_a_ : 0.0f;
-  SampleScan scan{Exponential(bits, offset_), splat(origin_a_), splat(origin_b_), splat(-alpha_), splat(start),
+  SampleScan<Exp> scan{Exp(bits, offset_), splat(origin_a_), splat(origin_b_), splat(-alpha_), splat(start),
                   splat(-200.0f / bits), splat(0), splat(0), splat(0), splat(0), {splat(0), splat(0)}};
   LaneSum sum_a, sum_b, spread;
   float largest = -kInfinity;

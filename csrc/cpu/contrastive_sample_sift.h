@@ -62,7 +62,7 @@ SampleSums ContrastiveSampleRow<T>::sift(int64_t begin, int64_t end, SampleSteps
 // The sums of what a sift has left out, and the maxima of the listed steps.
 template <class T>
 SampleSums ContrastiveSampleRow<T>::weigh(const SampleSteps& large, GroupMaxima& maxima) const {
-  const Exponential exp(float(kLog2E), offset_);
+  const CoarseExponential exp(float(kLog2E), offset_);
   const Float minus_alpha = splat(-alpha_), origin_b = splat(origin_b_), zero = splat(0), lowest = splat(-kInfinity);
   const Float large_a = splat(large_a_), large_b = splat(large_b_);
   Float sum_a = zero, sum_b = zero, peak = lowest;

@@ -99,7 +99,8 @@ class Candidates {
  public:
   // With `values`, each entry carries two more floats (what happens to be known about it).
   Candidates(int64_t k, bool values)
-      : k_(k), capacity_(2 * k + 1024), values_(values), now_(capacity_ + kStep, values), next_(capacity_ + kStep, values) {}
+      : k_(k), capacity_(2 * k + 1024), values_(values), now_(capacity_ + kStep, values), next_(capacity_ + kStep, values),
+        ranks_(size_t(capacity_ + kStep)) {}
   void reset(float bound) { size_ = 0, bound_ = bound; }
   float bound() const { return bound_; }
   int64_t size() const { return size_; }
@@ -129,11 +130,18 @@ class Candidates {
   }
   // Keeps the min(k, size) largest, in descending order.
   void finish();
+  // After that, body(rank) for the ranks below `kept` in the order of their entries' indices.
+  template <class Body>
+  void in_index_order(int64_t kept, const Body& body) const {
+    for (int64_t place = 0; place < places_; ++place) {
+      if (ranks_[size_t(place)] < kept) body(int64_t(ranks_[size_t(place)]));
+    }
+  }
 
  private:
   struct Columns {
-    std::vector<float> key, x, y;
-    std::vector<int32_t> index;
+    Buffer<float> key, x, y;
+    Buffer<int32_t> index;
 
     Columns(int64_t size, bool values) : key(size_t(size)), x(values ? size_t(size) : 0), y(x.size()), index(size_t(size)) {}
   };
@@ -169,10 +177,11 @@ class Candidates {
   void rank_by_counting();
   void rank_by_sorting(int64_t kept);
 
-  int64_t k_, capacity_, size_ = 0;
+  int64_t k_, capacity_, size_ = 0, places_ = 0;
   bool values_;
   float bound_ = -kInfinity;
   Columns now_, next_;
+  Buffer<int32_t> ranks_;  // of the places in the order of the index
   std::vector<uint64_t> order_;
 };
 
@@ -204,6 +213,7 @@ class Candidates {
 inline void Candidates::finish() {
   if (size_ > k_ + k_ / 2 + 2 * kStep) prune();
   const int64_t kept = std::min(k_, size_);
+  places_ = size_;
   size_ <= kMostCounted ? rank_by_counting() : rank_by_sorting(kept);
   std::swap(now_, next_);
   size_ = kept;
@@ -239,7 +249,10 @@ inline void Candidates::rank_by_counting() {
     }
     store(ranks + i, rank.first), store(ranks + i + kLanes, rank.second);
   }
-  for (int64_t i = 0; i < n; ++i) put(size_t(int32_t(ranks[i])), size_t(i));  // nobody looks beyond the k largest
+  for (int64_t i = 0; i < n; ++i) {
+    ranks_[size_t(i)] = int32_t(ranks[i]);
+    put(size_t(ranks_[size_t(i)]), size_t(i));  // nobody looks beyond the k largest
+  }
 }
 
 inline void Candidates::rank_by_sorting(int64_t kept) {
@@ -249,7 +262,12 @@ inline void Candidates::rank_by_sorting(int64_t kept) {
   }
   if (kept < size_) std::nth_element(order_.begin(), order_.begin() + kept, order_.end());
   std::sort(order_.begin(), order_.begin() + kept);
-  for (int64_t rank = 0; rank < kept; ++rank) put(size_t(rank), size_t(uint32_t(order_[size_t(rank)])));
+  std::fill_n(ranks_.data(), size_, int32_t(kept));
+  for (int64_t rank = 0; rank < kept; ++rank) {
+    const size_t place = uint32_t(order_[size_t(rank)]);
+    ranks_[place] = int32_t(rank);
+    put(size_t(rank), place);
+  }
 }
 
 }  // namespace DEEPALIGN_ISA

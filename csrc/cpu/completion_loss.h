@@ -11,6 +11,13 @@ namespace DEEPALIGN_ISA {
 
 // ---- pass 2
 
+// Asks for logits that pass 1 has read. Rows of 16-bit logits that the second-level cache does not quite hold gain by it
+// (Zen 5, 128256 entries: 16.5 cycles per 32 entries instead of 23), smaller ones lose nothing, rows of floats lose.
+template <class T>
+DEEPALIGN_INLINE void prefetch_again(const T* at) {
+  if (sizeof(T) == 2) prefetch_step(at);
+}
+
 template <class T>
 int64_t CompletionLossRow<T>::collect(int64_t segment, Candidates& candidates) const {
   const Float threshold = splat(threshold_);
@@ -19,6 +26,7 @@ int64_t CompletionLossRow<T>::collect(int64_t segment, Candidates& candidates) c
   int64_t favored = 0;
   // d is NaN where entries are absent, and no comparison holds; beyond the end it is 0.
   const auto step = [&](int64_t i, int64_t n, MaskPair exists) __attribute__((always_inline)) {
+    prefetch_again(r + i), prefetch_again(b + i);
     const Pair xr = load_step(r + i, n), xb = load_step(b + i, n);
     const Pair d = xb - xr;
     favored += count(both(greater(d, threshold), exists));
@@ -61,7 +69,7 @@ int64_t CompletionLossRow<T>::emit_as(int64_t segment, Candidates& candidates) c
     const Pair d = x.b - r;
     Pair g = emit.gradient(x.s, x.a, x.b);
     if (!kPlain && careful_) g = choose(finite(x.s, x.a, x.b), g, splat(0));
-    prefetch_step<true>(gradient_ + i);
+    prefetch_again(s_ + i), prefetch_again(a_ + i), prefetch_again(b_ + i), prefetch_step<true>(gradient_ + i);
     store_step(gradient_ + i, g, n);
     favored += count(both(greater(d, threshold), exists));
     const MaskPair chosen = both(greater_equal(d, bound), exists);

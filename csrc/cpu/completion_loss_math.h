@@ -59,6 +59,10 @@ struct LossAccumulators {
 };
 
 // Pass 1 over a step. kPlain fixes the default options, so that their loop holds no choice.
+//
+// The exponentials of what is loaded come before that of t, which is computed: on Zen 5 the loop does not fill its pipes
+// because the schedulers are full of operations that wait (independent ones would take 22 cycles), and in this order it
+// takes 25.5 cycles instead of 28.
 template <bool kIsPlain>
 struct LossScan {
   static constexpr bool kPlain = kIsPlain;
@@ -67,22 +71,19 @@ struct LossScan {
   CoarseExponential exp_r, exp_b;
 
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, LossAccumulators& sums, Pair& largest) const {
-    Pair d = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
-    const Pair xt = fma(mix.base, d, xa);
-    Pair xr = xa;
-    if (!kPlain && mix.from_student) xr = xs, d = xb - xs;
-    largest = max(d, largest);
+    const Pair change = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
+    const Pair xr = !kPlain && mix.from_student ? xs : xa;
+    largest = max(xb - xr, largest);
+    const bool student_teacher = kPlain || !mix.teacher_student;
+    Pair p, q;
+    if (student_teacher) p = exp_s.value_and_add(xs, sums.s);
+    else sums.s = exp_s.add_to(sums.s, xs);
     sums.r = exp_r.add_to(sums.r, xr);
     sums.b = exp_b.add_to(sums.b, xb);
-    if (kPlain || !mix.teacher_student) {
-      sums.t = exp_t.add_to(sums.t, xt);
-      const Pair p = exp_s.value_and_add(xs, sums.s);
-      sums.divergence = add_products(sums.divergence, p, xs - xt);
-    } else {
-      sums.s = exp_s.add_to(sums.s, xs);
-      const Pair q = exp_t.value_and_add(xt, sums.t);
-      sums.divergence = add_products(sums.divergence, q, xt - xs);
-    }
+    const Pair xt = fma(mix.base, change, xa);
+    if (student_teacher) sums.t = exp_t.add_to(sums.t, xt);
+    else q = exp_t.value_and_add(xt, sums.t);
+    sums.divergence = student_teacher ? add_products(sums.divergence, p, xs - xt) : add_products(sums.divergence, q, xt - xs);
     if (!kPlain) sums.logits = add_both(sums.logits, xs);
   }
 };

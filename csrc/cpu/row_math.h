@@ -63,12 +63,12 @@ DEEPALIGN_INLINE void store_step(T* to, Pair x, int64_t n) {
   n >= kStep ? store_pair(to, x) : store_pair_partial(to, x, int(n));
 }
 
-// Asks for what a first pass will read 1024 entries later: the processor's own prefetching stops at the end of a page.
+// Asks for what a pass will read 4 KiB later: the processor's own prefetching stops at the end of a page.
 // kWrite: for what a second pass will write, since a line that is written is read first.
 template <bool kWrite = false, class T>
 DEEPALIGN_INLINE void prefetch_step(const T* at) {
   for (size_t byte = 0; byte < kStep * sizeof(T); byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const char*>(at + 1024) + byte, kWrite);
+    __builtin_prefetch(reinterpret_cast<const char*>(at) + 4096 + byte, kWrite);
   }
 }
 

@@ -45,6 +45,7 @@ def sized(case: Case) -> Case:
 LOSS_CASES = [
     Case(64, 128256),
     Case(16, 151936),
+    Case(64, 151936),
     Case(64, 32000),
     Case(64, 128256, dtype="float32"),
     Case(64, 128256, dtype="float16"),

@@ -227,6 +227,9 @@ std::tuple<Tensor, Tensor> contrastive_sample(Tensor aligned, Tensor base, Tenso
   } else {
     args.uniforms = check_per_row<double>("uniforms", uniforms, ScalarType::Double, args.rows);
   }
+  for (int64_t row = 0; row < args.rows; ++row) {
+    STD_TORCH_CHECK(args.uniforms[row] >= 0 && args.uniforms[row] < 1, "deepalign: uniforms must be in [0, 1)");
+  }
   args.alpha = alpha, args.temperature = temperature, args.log_space = log_space;
   args.top_k = top_k, args.top_p = top_p, args.min_p = min_p;
   Tensor token_ids = empty({args.rows}, ScalarType::Long);

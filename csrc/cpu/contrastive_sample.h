@@ -20,6 +20,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 
 #include "contrastive_sample_row.h"
 
@@ -92,7 +93,8 @@ class ContrastiveSampleWork {
   Candidates candidates_;
   Buffer<SampleBlock> blocks_;
   std::vector<Part> parts_;
-  std::unique_ptr<int32_t[]> steps_;
+  std::unique_ptr<int32_t[]> steps_;    // of all segments; made by the first sift, like what comes of them
+  std::optional<SampleLarge> large_;
   std::vector<double> weights_;
   const Parallel* parallel_ = nullptr;
   int64_t index_ = 0;
@@ -157,12 +159,15 @@ bool ContrastiveSampleWork<T>::sift(Row& row) {
   SampleSums exact = row.template scan<CoarseExponential>(0, head, maxima_), rough;
   const float bound = row.bound(maxima_, top_k_, exact.largest);
   if (!row.set_large(exact, bound) || !sift_rest(row, head, whole, rough)) return false;
-  for (const Part& part : parts_) exact += row.weigh(part.large, maxima_);
+  large_->reset(bound);
+  for (const Part& part : parts_) exact += row.weigh(part.large, *large_, maxima_);
+  exact += row.weigh_staged(*large_, maxima_);
+  if (large_->kept.full()) return false;
   exact += row.scan(whole, cut_.size, maxima_);
   if (!row.conclude_roughly(exact, rough)) return false;
   candidates_.reset(std::max(bound, row.bound(maxima_, top_k_, exact.largest)));
   bool doubt = row.collect(0, head, kInfinity, candidates_);
-  for (const Part& part : parts_) doubt |= row.collect(part.large, candidates_);
+  doubt |= row.collect(large_->kept, candidates_);
   doubt |= row.collect(whole, cut_.size, kInfinity, candidates_);
   if (doubt) return false;
   candidates_.finish();
@@ -172,7 +177,10 @@ bool ContrastiveSampleWork<T>::sift(Row& row) {
 // false if too much is large for a list of it to pay.
 template <class T>
 bool ContrastiveSampleWork<T>::sift_rest(const Row& row, int64_t begin, int64_t end, SampleSums& rough) {
-  if (!steps_) steps_.reset(new int32_t[size_t(cut_.size / kStep + 1)]);  // not filled: most of it is never touched
+  if (!steps_) {
+    steps_.reset(new int32_t[size_t(cut_.size / kStep + 1)]);  // not filled: most of it is never touched
+    large_.emplace(top_k_);
+  }
   std::atomic<bool> crowded{false};
   each_segment([&](int64_t i) {
     const int64_t first = std::max(begin, cut_.begin(i)), last = std::max(first, std::min(end, cut_.end(i)));

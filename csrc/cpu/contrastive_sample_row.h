@@ -26,6 +26,52 @@ struct SampleSteps {
   int64_t size = 0;
 };
 
+// Entries of both models in the order of their index, up to a step beyond `capacity`.
+class SampleEntries {
+ public:
+  explicit SampleEntries(int64_t capacity)
+      : capacity_(capacity), memory_(capacity + 2 * kStep, 3), a_(memory_.floats(0)), b_(memory_.floats(1)),
+        index_(memory_.ints(2)) {}
+  void clear() { size_ = 0; }
+  int64_t size() const { return size_; }
+  bool full() const { return size_ > capacity_; }
+  Pair a(int64_t i) const { return load_pair(a_ + i); }
+  Pair b(int64_t i) const { return load_pair(b_ + i); }
+  const int32_t* index(int64_t i) const { return index_ + i; }
+
+  // Of a step in the order of its entries.
+  DEEPALIGN_INLINE void add(int32_t begin, MaskPair mask, Pair a, Pair b) {
+    add_half(begin, mask.first, a.first, b.first), add_half(begin + kLanes, mask.second, a.second, b.second);
+  }
+  DEEPALIGN_INLINE void add(const int32_t* index, MaskPair mask, Pair a, Pair b) {
+    add_half(index, mask.first, a.first, b.first), add_half(index + kLanes, mask.second, a.second, b.second);
+  }
+
+ private:
+  DEEPALIGN_INLINE static void append_index(int32_t* to, Mask mask, int32_t begin) { append(to, mask, begin, 1); }
+  DEEPALIGN_INLINE static void append_index(int32_t* to, Mask mask, const int32_t* from) { append(to, mask, from); }
+  template <class Index>
+  DEEPALIGN_INLINE void add_half(Index index, Mask mask, Float a, Float b) {
+    append_index(index_ + size_, mask, index);
+    append(a_ + size_, mask, a);
+    size_ += append(b_ + size_, mask, b);
+  }
+
+  int64_t capacity_, size_ = 0;
+  Columns memory_;
+  float *a_, *b_;
+  int32_t* index_;
+};
+
+// The larger entries of a sifted row: `staged` on their way to be weighed, `kept` those that may be among the k largest.
+struct SampleLarge {
+  SampleEntries staged{1024}, kept;
+  float bound = 0.0f;
+
+  explicit SampleLarge(int64_t k) : kept(1024 + 16 * k) {}
+  void reset(float reached) { staged.clear(), kept.clear(), bound = reached; }
+};
+
 struct SampleBlock {
   float peak;     // its largest a, which no x of it exceeds
   int64_t above;  // of the latest tally: entries with x > cut,
@@ -119,13 +165,14 @@ class ContrastiveSampleRow {
   // In place of a scan of all (contrastive_sample_sift.h).
   bool set_large(const SampleSums& head, float bound);
   SampleSums sift(int64_t begin, int64_t end, SampleSteps& large) const;
-  SampleSums weigh(const SampleSteps& large, GroupMaxima& maxima) const;
+  SampleSums weigh(const SampleSteps& steps, SampleLarge& large, GroupMaxima& maxima) const;
+  SampleSums weigh_staged(SampleLarge& large, GroupMaxima& maxima) const;
   bool conclude_roughly(const SampleSums& exact, const SampleSums& rough);
 
   // The rest after one of the conclusions, and all but `collect` after `set_largest`. What is collected is what has
   // bound <= x < below; the result says whether an entry of it is in doubt.
   bool collect(int64_t begin, int64_t end, float below, Candidates& candidates) const;
-  bool collect(const SampleSteps& large, Candidates& candidates) const;
+  bool collect(const SampleEntries& kept, Candidates& candidates) const;
   void set_largest(float x);
   void tally(int64_t segment, float cut) const;
   void offer(int64_t block, float cut, int64_t ties, SampleDraw& draw) const;
@@ -134,6 +181,7 @@ class ContrastiveSampleRow {
 
  private:
   Pair contrasted(int64_t i, int64_t n) const;
+  bool in_doubt(MaskPair chosen, Pair d) const;
   bool collect_step(int64_t i, float below, Candidates& candidates) const;
   Pair weights(Pair x) const;
   template <bool kAll>

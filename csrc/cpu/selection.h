@@ -99,8 +99,12 @@ class Candidates {
  public:
   // With `values`, each entry carries two more floats (what happens to be known about it).
   Candidates(int64_t k, bool values)
-      : k_(k), capacity_(2 * k + 1024), values_(values), now_(capacity_ + kStep, values), next_(capacity_ + kStep, values),
-        ranks_(size_t(capacity_ + kStep)) {}
+      : k_(k), capacity_(2 * k + 1024), values_(values), memory_(capacity_ + kStep, values ? 9 : 5), now_(memory_, 0, values),
+        next_(memory_, values ? 4 : 2, values), ranks_(memory_.ints(values ? 8 : 4)) {}
+  // As many more, empty.
+  Candidates(const Candidates& other) : Candidates(other.k_, other.values_) { bound_ = other.bound_; }
+  Candidates(Candidates&&) = default;
+
   void reset(float bound) { size_ = 0, bound_ = bound; }
   float bound() const { return bound_; }
   int64_t size() const { return size_; }
@@ -121,6 +125,14 @@ class Candidates {
     }
     if (size_ > capacity_ - kStep) prune();
   }
+  // Of a step whose entries have their indices at `index`; not with `values`.
+  DEEPALIGN_INLINE void add(const int32_t* index, MaskPair mask, Pair keys) {
+    append(now_.index + size_, mask.first, index);
+    size_ += append(now_.key + size_, mask.first, keys.first);
+    append(now_.index + size_, mask.second, index + kLanes);
+    size_ += append(now_.key + size_, mask.second, keys.second);
+    if (size_ > capacity_ - kStep) prune();
+  }
   // Those of a later part of the row.
   void merge(const Candidates& other) {
     for (int64_t i = 0; i < other.size_; i += kLanes) {
@@ -139,11 +151,14 @@ class Candidates {
   }
 
  private:
-  struct Columns {
-    Buffer<float> key, x, y;
-    Buffer<int32_t> index;
+  struct List {
+    float* key;
+    int32_t* index;
+    float *x, *y;
 
-    Columns(int64_t size, bool values) : key(size_t(size)), x(values ? size_t(size) : 0), y(x.size()), index(size_t(size)) {}
+    List(const Columns& memory, int first, bool values)
+        : key(memory.floats(first)), index(memory.ints(first + 1)), x(values ? memory.floats(first + 2) : nullptr),
+          y(values ? memory.floats(first + 3) : nullptr) {}
   };
   // Ranks of up to this many entries are counted, in the square of their number but without a branch to mispredict.
   static constexpr int64_t kMostCounted = 32 * kLanes;
@@ -161,7 +176,7 @@ class Candidates {
     append_half<float>(step_begin, equal(keys.first, keys.first), keys.first, x.first, y.first);
     append_half<float>(step_begin + kLanes, equal(keys.second, keys.second), keys.second, x.second, y.second);
   }
-  void append_from(const Columns& from, int64_t i, Mask mask) {
+  void append_from(const List& from, int64_t i, Mask mask) {
     append(&now_.index[size_t(size_)], mask, &from.index[size_t(i)]);
     if (values_) {
       append(&now_.x[size_t(size_)], mask, load(&from.x[size_t(i)]));
@@ -180,8 +195,9 @@ class Candidates {
   int64_t k_, capacity_, size_ = 0, places_ = 0;
   bool values_;
   float bound_ = -kInfinity;
-  Columns now_, next_;
-  Buffer<int32_t> ranks_;  // of the places in the order of the index
+  Columns memory_;
+  List now_, next_;
+  int32_t* ranks_;  // of the places in the order of the index
   std::vector<uint64_t> order_;
 };
 
@@ -191,7 +207,7 @@ class Candidates {
   const int64_t n = size_;
   const Float absent = splat(kNaN);
   store(&now_.key[size_t(n)], absent), store(&now_.key[size_t(n + kLanes)], absent);
-  const float least = value_reached_by(now_.key.data(), n, k_, k_);
+  const float least = value_reached_by(now_.key, n, k_, k_);
   const Float limit = splat(least);
   int64_t ties = k_;  // those that may stay
   for (int64_t i = 0; i < n; i += kLanes) ties -= count(greater(load(&now_.key[size_t(i)]), limit));
@@ -223,7 +239,7 @@ inline void Candidates::finish() {
 inline void Candidates::rank_by_counting() {
   static constexpr LaterLanes kLater;
   const int64_t n = size_;
-  const float* keys = now_.key.data();
+  const float* keys = now_.key;
   const Float zero = splat(0), one = splat(1);
   float ranks[kMostCounted];
   for (int64_t i = 0; i < n; i += kStep) {
@@ -262,7 +278,7 @@ inline void Candidates::rank_by_sorting(int64_t kept) {
   }
   if (kept < size_) std::nth_element(order_.begin(), order_.begin() + kept, order_.end());
   std::sort(order_.begin(), order_.begin() + kept);
-  std::fill_n(ranks_.data(), size_, int32_t(kept));
+  std::fill_n(ranks_, size_, int32_t(kept));
   for (int64_t rank = 0; rank < kept; ++rank) {
     const size_t place = uint32_t(order_[size_t(rank)]);
     ranks_[place] = int32_t(rank);

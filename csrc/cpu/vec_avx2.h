@@ -40,6 +40,7 @@ DEEPALIGN_INLINE Mask greater_equal(Float a, Float b) { return _mm256_cmp_ps(a, 
 DEEPALIGN_INLINE Mask equal(Float a, Float b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
 DEEPALIGN_INLINE Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
 DEEPALIGN_INLINE Mask all_lanes() { return _mm256_castsi256_ps(_mm256_set1_epi32(-1)); }
+DEEPALIGN_INLINE Mask opposite(Mask a) { return _mm256_xor_ps(a, all_lanes()); }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) {
   const int existing = n >= kLanes ? kLanes : n <= 0 ? 0 : int(n);
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(existing), lane_indices()));
@@ -54,6 +55,7 @@ DEEPALIGN_INLINE float largest_lane(Float x) {
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm256_blendv_ps(b, a, mask); }
+DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return _mm256_add_ps(sum, _mm256_and_ps(mask, x)); }
 
 // Entries of two steps' worth of one model, and back.
 DEEPALIGN_INLINE Pair load_pair(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + kLanes)}; }
@@ -139,10 +141,10 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
 }
 
-// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, and for NaN, NaN.
-DEEPALIGN_INLINE Float of_bits(Float x) {
-  const Mask not_a_number = _mm256_cmp_ps(x, _mm256_setzero_ps(), _CMP_NGE_UQ);
-  return _mm256_or_ps(_mm256_castsi256_ps(_mm256_cvtps_epi32(x)), not_a_number);
+// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
+DEEPALIGN_INLINE Float of_bits(Float x, Float& least) {
+  least = min(x, least);
+  return _mm256_castsi256_ps(_mm256_cvtps_epi32(x));
 }
 
 }  // namespace DEEPALIGN_ISA

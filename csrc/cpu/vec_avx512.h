@@ -36,11 +36,13 @@ DEEPALIGN_INLINE Mask greater_equal(Float a, Float b) { return _mm512_cmp_ps_mas
 DEEPALIGN_INLINE Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 DEEPALIGN_INLINE Mask both(Mask a, Mask b) { return Mask(a & b); }
 DEEPALIGN_INLINE Mask all_lanes() { return Mask(0xffff); }
+DEEPALIGN_INLINE Mask opposite(Mask a) { return Mask(~a); }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1u); }
 DEEPALIGN_INLINE bool all(MaskPair mask) { return Mask(mask.first & mask.second) == Mask(0xffff); }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(mask); }
 DEEPALIGN_INLINE float largest_lane(Float x) { return _mm512_reduce_max_ps(x); }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm512_mask_mov_ps(b, mask, a); }
+DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return _mm512_mask_add_ps(sum, mask, sum, x); }
 DEEPALIGN_INLINE bool any(MaskPair mask) { return (mask.first | mask.second) != 0; }
 DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(uint32_t(mask.second) << 16 | mask.first); }
 
@@ -120,8 +122,8 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
 }
 
-// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, and for NaN, NaN.
-DEEPALIGN_INLINE Float of_bits(Float x) { return _mm512_castsi512_ps(_mm512_cvtps_epu32(x)); }
+// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
+DEEPALIGN_INLINE Float of_bits(Float x, Float&) { return _mm512_castsi512_ps(_mm512_cvtps_epu32(x)); }
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign

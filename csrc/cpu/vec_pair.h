@@ -50,12 +50,16 @@ DEEPALIGN_INLINE MaskPair greater_equal(Pair a, B b) {
 }
 DEEPALIGN_INLINE MaskPair equal(Pair a, Float b) { return {equal(a.first, b), equal(a.second, b)}; }
 DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b.first), both(a.second, b.second)}; }
+DEEPALIGN_INLINE MaskPair opposite(MaskPair a) { return {opposite(a.first), opposite(a.second)}; }
 template <class A, class B>
 DEEPALIGN_INLINE Pair choose(MaskPair mask, A a, B b) {
   return {choose(mask.first, first_half(a), first_half(b)), choose(mask.second, second_half(a), second_half(b))};
 }
 
-DEEPALIGN_INLINE Pair of_bits(Pair x) { return {of_bits(x.first), of_bits(x.second)}; }
+DEEPALIGN_INLINE Pair add_chosen(Pair sums, MaskPair mask, Pair x) {
+  return {add_chosen(sums.first, mask.first, x.first), add_chosen(sums.second, mask.second, x.second)};
+}
+DEEPALIGN_INLINE Pair of_bits(Pair x, Float& least) { return {of_bits(x.first, least), of_bits(x.second, least)}; }
 
 // Both halves into one sum.
 DEEPALIGN_INLINE Float add_both(Float sum, Pair x) { return sum + x.first + x.second; }

@@ -55,6 +55,7 @@ DEEPALIGN_INLINE Mask greater_equal(Float a, Float b) { return a >= b; }
 DEEPALIGN_INLINE Mask equal(Float a, Float b) { return a == b; }
 DEEPALIGN_INLINE Mask both(Mask a, Mask b) { return a & b; }
 DEEPALIGN_INLINE Mask all_lanes() { return Mask{-1, -1, -1, -1}; }
+DEEPALIGN_INLINE Mask opposite(Mask a) { return ~a; }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) {
   const int32_t existing = n >= kLanes ? kLanes : n <= 0 ? 0 : int32_t(n);
   return Mask{0, 1, 2, 3} < Mask{existing, existing, existing, existing};
@@ -75,6 +76,7 @@ DEEPALIGN_INLINE int64_t sum_of_lanes(Mask x) {  // none of them negative
 DEEPALIGN_INLINE int64_t count(Mask mask) { return sum_of_lanes(-mask); }
 DEEPALIGN_INLINE int64_t count(MaskPair mask) { return sum_of_lanes(-(mask.first + mask.second)); }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return mask ? a : b; }
+DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return sum + Float(mask & Mask(x)); }
 DEEPALIGN_INLINE float largest_lane(Float x) {
   float largest = x[0];
   for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest ? x[lane] : largest;
@@ -160,8 +162,8 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]);
 }
 
-// The float whose bits are the integer next to x, for x in [0, 2^31); below that, and for NaN, NaN.
-DEEPALIGN_INLINE Float of_bits(Float x) {
+// The float whose bits are the integer next to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
+DEEPALIGN_INLINE Float of_bits(Float x, Float&) {
   const Mask fits = (x >= 0.0f) & (x < 0x1p31f);
   return Float((fits ? __builtin_convertvector(fits ? x : splat(0), Mask) : ~fits));
 }

@@ -276,6 +276,11 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
+def is_plain(tensor: object) -> bool:
+    """Whether it is a tensor of no special class, on the CPU, without a gradient: what an op may be given as it is."""
+    return type(tensor) is Tensor and tensor.is_cpu and not tensor.requires_grad
+
+
 def can_read_values(tensor: Tensor) -> bool:
     """Whether looking at the values costs no device synchronisation and breaks no traced or compiled graph."""
     # A tracer's tensors are of classes of their own.

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from torch import Tensor
 
 from deepalign.kernels import checks
 from deepalign.kernels.contrastive_sample import (
@@ -245,16 +246,22 @@ def test_compiles_without_a_graph_break_and_in_silence(implementation: str, monk
 
 
 @each_implementation
-def test_uniforms_that_nobody_checked_still_draw_what_was_kept(implementation: str) -> None:
-    """A compiled call and another device do not look at the values."""
+def test_uniforms_of_a_compiled_call(implementation: str) -> None:
+    """Its checks do not look at values: the native op does, and the reference draws what was kept all the same."""
     logits = torch.tensor([-INF, 0.0, 2.0, 0.0, 1.0, -INF, 0.0]).expand(6, -1)
-    uniforms = torch.tensor([1.0, 1.5, -0.5, INF, -INF, NAN])
 
     @torch.compile(fullgraph=True, backend="eager")
-    def sample() -> ContrastiveSample:
+    def sample(uniforms: Tensor) -> ContrastiveSample:
         return contrastive_sample(logits, logits, alpha=1.0, uniforms=uniforms, top_k=2, implementation=implementation)
 
-    assert set(sample().token_ids.tolist()) <= {2, 4}
+    outside = torch.tensor([1.0, 1.5, -0.5, INF, -INF, NAN])
+    if implementation == "reference":
+        assert set(sample(outside).token_ids.tolist()) <= {2, 4}
+        return
+    for value in outside:
+        with pytest.raises(RuntimeError, match=r"uniforms must be in \[0, 1\)"):
+            sample(torch.tensor([0.0, 0.5, 0.9, 0.1, 0.2, value]))
+    assert set(sample(torch.full((6,), 0.5)).token_ids.tolist()) == {2}
 
 
 ON_META = dict.fromkeys(("aligned_logits", "base_logits"), torch.zeros(2, 3, 8, device="meta"))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepalign.kernels.contrastive_sample import contrastive_logits, contrastive_sample
+from deepalign.kernels.contrastive_sample import ContrastiveSample, contrastive_logits, contrastive_sample
 from deepalign.kernels.library import WHY_NO_NATIVE
 from tests.kernels.sampler_oracle import BELOW_ONE, RUNNABLE, check_sample, random_uniforms, two_models
 
@@ -63,6 +63,17 @@ def kept_weights(x_V: Tensor, temperature: float, top_k: int = 0, top_p: float =
     return torch.where(kept_V >= min_p, kept_V, 0.0)
 
 
+def check_draws(result: ContrastiveSample, uniforms: Tensor, weight_V: Tensor, tolerance: float = 1e-5) -> None:
+    """Hold draws from one row against the weights of what it keeps."""
+    share_V = weight_V / weight_V.sum()
+    cdf_V = share_V.cumsum(0)
+    for uniform, token, logprob in zip(uniforms.tolist(), *map(Tensor.tolist, result), strict=True):
+        share = float(share_V[token])
+        assert share > 0, f"token {token} was not kept"
+        assert logprob == pytest.approx(math.log(share), abs=tolerance)
+        assert cdf_V[token] - share - tolerance <= uniform <= cdf_V[token] + tolerance
+
+
 @pytest.mark.parametrize("filters", FILTERS, ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @each_implementation
@@ -77,15 +88,8 @@ def test_what_is_kept_and_drawn(implementation: str, pattern: str, filters: dict
             *rows, uniforms=uniforms, temperature=temperature, implementation=implementation, **options, **filters
         )
         weight_V = kept_weights(contrastive_logits(aligned, base, **options), temperature, **filters)
-        share_V = weight_V / weight_V.sum()
-        cdf_V = share_V.cumsum(0)
         # x of logits near 1e5 is rounded to 1/128
-        tolerance = 2e-2 if pattern == "huge" else 1e-5
-        for uniform, token, logprob in zip(uniforms.tolist(), *map(Tensor.tolist, result), strict=True):
-            share = float(share_V[token])
-            assert share > 0, f"token {token} was not kept"
-            assert logprob == pytest.approx(math.log(share), abs=tolerance)
-            assert cdf_V[token] - share - tolerance <= uniform <= cdf_V[token] + tolerance
+        check_draws(result, uniforms, weight_V, tolerance=2e-2 if pattern == "huge" else 1e-5)
 
 
 @pytest.mark.parametrize("top_p", [0.25, 0.75, 1.0])
@@ -228,6 +232,27 @@ def test_entries_far_below_the_rest(implementation: str) -> None:
     absent = [torch.where(kept, model, -math.inf) for model in models]
     for actual, wanted in zip(contrastive_sample(*low, **options), contrastive_sample(*absent, **options), strict=True):
         torch.testing.assert_close(actual, wanted)
+
+
+@pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_k": 40, "top_p": 0.95}], ids=str)
+@pytest.mark.parametrize("apart", [1, 20])
+@pytest.mark.parametrize("larger", ["few", "many", "of_base"])
+@each_implementation
+def test_entries_larger_than_the_first(implementation: str, larger: str, apart: int, filters: dict[str, float]) -> None:
+    """The start of the row sets a bound: 700 later entries reach it, 3000, or none but 3000 of base's weigh much."""
+    vocab, generator = 131072, torch.Generator().manual_seed(4)
+    aligned, base = (torch.randn(vocab, generator=generator) for _ in range(2))
+    chosen = slice(70001, 70001 + apart * (700 if larger == "few" else 3000), apart)
+    for model in (aligned, base):
+        model[vocab // 4 :] -= 9
+    base[chosen] += 15
+    if larger != "of_base":
+        aligned[chosen] += 15 + torch.rand(aligned[chosen].shape, generator=generator)
+    aligned, base = aligned.bfloat16(), base.bfloat16()
+    uniforms = torch.tensor([0.0, 0.3, 0.6, BELOW_ONE], dtype=torch.float64)
+    rows = (model.expand(4, -1) for model in (aligned, base))
+    result = contrastive_sample(*rows, uniforms=uniforms, alpha=0.5, implementation=implementation, **filters)
+    check_draws(result, uniforms, kept_weights(contrastive_logits(aligned, base, alpha=0.5), 1.0, **filters))
 
 
 native = pytest.mark.skipif(WHY_NO_NATIVE is not None, reason=str(WHY_NO_NATIVE))

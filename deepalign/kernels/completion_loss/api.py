@@ -4,6 +4,7 @@ from typing import Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.nn import Parameter
 
 from deepalign.kernels.checks import (
@@ -14,6 +15,7 @@ from deepalign.kernels.checks import (
     check_top_k_indices,
     choose_implementation,
     compute_dtype,
+    is_plain,
 )
 from deepalign.kernels.completion_loss import cpu
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
@@ -25,6 +27,7 @@ from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = get_args(Reduction)
+STUDENTS = frozenset({Tensor, Parameter})
 PAPER_CONFIG = CompletionLossConfig()  # frozen, so one instance serves every call
 
 
@@ -132,30 +135,26 @@ def _at_once(
     of torch that, when other code had the caches, they take as long as ten rows of 32000 entries.
     """
     student_NV, aligned_NV, base_NV = models
+    kl_weight_N, completion_weight_N = weights
     if (
-        torch.compiler.is_compiling()
+        is_dynamo_compiling()
         or WHY_NO_NATIVE
         or IMPLEMENTATIONS["cpu"] is not NATIVE
         or type(config) is not CompletionLossConfig
-        or (vocab_size is not None and type(vocab_size) is not int)
-        or type(reduction) is not str
-        or reduction not in REDUCTIONS
-        or (type(student_NV) is not Tensor and type(student_NV) is not Parameter)
+        or not (vocab_size is None or type(vocab_size) is int)
+        or not (type(reduction) is str and reduction in REDUCTIONS)
+        or not (type(student_NV) in STUDENTS and student_NV.is_cpu and student_NV.dim() == 2)
+        or not (is_plain(aligned_NV) and is_plain(base_NV))
+        or not (kl_weight_N is None or (is_plain(kl_weight_N) and kl_weight_N.dim() == 1))
+        or not (completion_weight_N is None or (is_plain(completion_weight_N) and completion_weight_N.dim() == 1))
     ):
-        return None
-    for frozen in (aligned_NV, base_NV, *weights):
-        if frozen is not None and (type(frozen) is not Tensor or not frozen.is_cpu or frozen.requires_grad):
-            return None
-    for weight_N in weights:
-        if weight_N is not None and weight_N.dim() != 1:
-            return None
-    if student_NV.dim() != 2 or not student_NV.is_cpu:
         return None
     width = student_NV.shape[1]
     arguments = (
         aligned_NV,
         base_NV,
-        *weights,
+        kl_weight_N,
+        completion_weight_N,
         None,
         *config_arguments(config),
         width if vocab_size is None else vocab_size,

@@ -6,6 +6,7 @@ from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from deepalign.kernels.checks import (
     COMPILED_DTYPES,
@@ -15,6 +16,7 @@ from deepalign.kernels.checks import (
     check_number,
     check_randomness,
     choose_implementation,
+    is_plain,
 )
 from deepalign.kernels.contrastive_sample import cpu
 from deepalign.kernels.contrastive_sample.reference import (
@@ -95,8 +97,8 @@ def contrastive_sample(
         RuntimeError: the implementation cannot run.
     """
     if implementation in (None, "cpu"):
-        filters, randomness = (top_k, top_p, min_p), (generator, uniforms)
-        sampled = _at_once(aligned_logits, base_logits, randomness, alpha, temperature, filters, space, vocab_size)
+        models, randomness, filters = (aligned_logits, base_logits), (generator, uniforms), (top_k, top_p, min_p)
+        sampled = _at_once(models, randomness, alpha, temperature, filters, space, vocab_size)
         if sampled is not None:
             return sampled
     width = check_logits(vocab_size, aligned_logits=aligned_logits, base_logits=base_logits)
@@ -122,8 +124,7 @@ def contrastive_sample(
 
 
 def _at_once(
-    aligned_NV: Tensor,
-    base_NV: Tensor,
+    models: tuple[Tensor, Tensor],
     randomness: tuple[torch.Generator | None, Tensor | None],
     alpha: float,
     temperature: float,
@@ -134,51 +135,37 @@ def _at_once(
     """A call as most are: plain CPU tensors (N, V) and plain numbers. None leaves it to the checks, nothing drawn.
 
     The checks that say what is wrong touch so much of the interpreter that, when other code had the caches, they take
-    longer than the sample of a row.
+    longer than the sample of a row. For the same reason, here is asked only what the op cannot refuse by itself.
     """
-    top_k, top_p, min_p = filters
-    if (
-        torch.compiler.is_compiling()
-        or IMPLEMENTATIONS["cpu"] is not cpu.contrastive_sample_rows
-        or not {type(alpha), type(temperature), type(top_p), type(min_p)} <= NUMBERS
-        or type(top_k) is not int
-        or (vocab_size is not None and type(vocab_size) is not int)
-        or (space != "logits" and space != "logprobs")
-        or not type(aligned_NV) is type(base_NV) is Tensor
-        or not (aligned_NV.is_cpu and base_NV.is_cpu and aligned_NV.dim() == 2)
-        or aligned_NV.requires_grad
-        or base_NV.requires_grad
-    ):
-        return None
+    aligned_NV, base_NV = models
     generator, uniforms_N = randomness
-    width = aligned_NV.shape[1] if vocab_size is None else vocab_size
-    options = (alpha, temperature, top_k, top_p, min_p, space == "logprobs", width)
-    if uniforms_N is None:
-        if not _op_takes(aligned_NV, base_NV, generator, alpha, temperature, filters, width):
-            return None
-        rows = aligned_NV.shape[0]
-        uniforms_N = torch.rand(rows, generator=generator, dtype=torch.float32, device=aligned_NV.device)
-        return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
     if (
-        generator is not None
-        or type(uniforms_N) is not Tensor
-        or not uniforms_N.is_cpu
-        or uniforms_N.dim() != 1
-        or uniforms_N.requires_grad
+        is_dynamo_compiling()
+        or IMPLEMENTATIONS["cpu"] is not cpu.contrastive_sample_rows
+        or not (is_plain(aligned_NV) and is_plain(base_NV))
+        or not (type(alpha) in NUMBERS and type(temperature) in NUMBERS)
+        or not (type(filters[0]) is int and type(filters[1]) in NUMBERS and type(filters[2]) in NUMBERS)
+        or not (space == "logits" or space == "logprobs")
+        or not (vocab_size is None or type(vocab_size) is int)
     ):
         return None
-    for value in uniforms_N.tolist():
-        if not 0 <= value < 1:
-            return None
-    try:  # the op checks what is left
-        return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
-    except (RuntimeError, TypeError, OverflowError):
+    width = vocab_size
+    try:
+        if width is None:
+            width = aligned_NV.shape[1]
+        options = (alpha, temperature, *filters, space == "logprobs", width)
+        if uniforms_N is not None and generator is None and is_plain(uniforms_N):
+            return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
+    except (IndexError, OverflowError, RuntimeError, TypeError):
         return None
+    if uniforms_N is not None or not _op_takes(models, generator, alpha, temperature, filters, width):
+        return None
+    uniforms_N = torch.rand(aligned_NV.shape[0], generator=generator, dtype=torch.float32, device="cpu")
+    return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
 
 
 def _op_takes(
-    aligned_NV: Tensor,
-    base_NV: Tensor,
+    models: tuple[Tensor, Tensor],
     generator: torch.Generator | None,
     alpha: float,
     temperature: float,
@@ -187,13 +174,15 @@ def _op_takes(
 ) -> bool:
     """Whether the op cannot refuse: asked before uniforms are drawn, which it would be too late to take back.
 
-    Of plain CPU tensors, the first of them (N, V), and plain numbers. As strict as the op; what it leaves out of the
-    checks' accepted calls (a top_k beyond the vocabulary, logits strided in it) is served the long way.
+    Of plain CPU tensors and plain numbers. As strict as the op; what it leaves out of the checks' accepted calls (a
+    top_k beyond the vocabulary, logits strided in it) is served the long way.
     """
+    aligned_NV, base_NV = models
     top_k, top_p, min_p = filters
     shape = aligned_NV.shape
     return (
         (generator is None or (type(generator) is torch.Generator and generator.device.type == "cpu"))
+        and len(shape) == 2
         and aligned_NV.dtype in COMPILED_DTYPES
         and base_NV.dtype == aligned_NV.dtype
         and base_NV.shape == shape

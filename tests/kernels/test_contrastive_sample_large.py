@@ -236,18 +236,22 @@ def test_entries_far_below_the_rest(implementation: str) -> None:
 
 @pytest.mark.parametrize("filters", [{"top_k": 3}, {"top_k": 40, "top_p": 0.95}], ids=str)
 @pytest.mark.parametrize("apart", [1, 20])
-@pytest.mark.parametrize("larger", ["few", "many", "of_base"])
+@pytest.mark.parametrize("larger", ["few", "tied", "many", "of_base"])
 @each_implementation
 def test_entries_larger_than_the_first(implementation: str, larger: str, apart: int, filters: dict[str, float]) -> None:
-    """The start of the row sets a bound: 700 later entries reach it, 3000, or none but 3000 of base's weigh much."""
+    """The start of the row sets a bound: 700 later entries reach it, equal or not, 3000, or none but 3000 of base's
+    weigh much."""
     vocab, generator = 131072, torch.Generator().manual_seed(4)
-    aligned, base = (torch.randn(vocab, generator=generator) for _ in range(2))
-    chosen = slice(70001, 70001 + apart * (700 if larger == "few" else 3000), apart)
+    aligned = torch.randn(vocab, generator=generator)
+    base = aligned + 2 * torch.randn(vocab, generator=generator)  # the largest are on both sides of the threshold
+    chosen = slice(70001, 70001 + apart * (700 if larger in ("few", "tied") else 3000), apart)
     for model in (aligned, base):
         model[vocab // 4 :] -= 9
     base[chosen] += 15
     if larger != "of_base":
         aligned[chosen] += 15 + torch.rand(aligned[chosen].shape, generator=generator)
+    if larger == "tied":
+        aligned[chosen] = base[chosen] = 9.0
     aligned, base = aligned.bfloat16(), base.bfloat16()
     uniforms = torch.tensor([0.0, 0.3, 0.6, BELOW_ONE], dtype=torch.float64)
     rows = (model.expand(4, -1) for model in (aligned, base))

@@ -62,8 +62,10 @@ def test_loss(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) ->
     expected, expected_gradient = loss_and_gradient("reference", *inputs)
     output, gradient = loss_and_gradient(name, *inputs)
     assert_close(output.loss, expected.loss, rtol=2e-6, atol=0)
+    # In float64: the reference's own rounding depends on the instruction set that torch uses.
+    exact, _ = loss_and_gradient("reference", *(tensor.double() for tensor in inputs))
     for statistic in ("kl", "completion", "alpha"):
-        assert_close(getattr(output, statistic), getattr(expected, statistic), rtol=1e-5, atol=5e-6)
+        assert_close(getattr(output, statistic), getattr(exact, statistic).float(), rtol=1e-5, atol=1e-6)
     assert torch.equal(output.base_favored_count, expected.base_favored_count)
     # one rounding to the logits' dtype apart, at most
     assert_close(gradient, expected_gradient, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)

@@ -47,6 +47,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@echo "== compiling DeepSpeed's communication ops for the CPU (a minute; otherwise its first start does it)"
 	@DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m deepalign.train.launch
 	@touch $(READY)
+	@touch -c $(NATIVE)
 
 demo: $(READY)
 	@echo "== demo: base -> aligned -> completed, attacked at every stage; results in runs/demo/"
@@ -62,10 +63,10 @@ $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch -c $(NATIVE)
 
+# The longest first: two of them run at a time.
 test: $(READY) $(NATIVE)
-	@echo "== tests, two processes at a time: what trains, the rest, the native kernels under other instruction sets"
-	@$(MAKE) --no-print-directory -j2 test-training test-rest test-isas
-	@$(MAKE) --no-print-directory triton
+	@echo "== tests, two processes at a time: what trains, the rest, the GPU kernels interpreted and compiled, other instruction sets"
+	@$(MAKE) --no-print-directory -j2 test-training test-rest interpret-loss test-isas interpret-rest codegen
 
 # lm-eval and judgezoo are heavy: their tests are skipped where they are not installed, as in make test.
 test-utility: $(READY)

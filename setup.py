@@ -9,6 +9,8 @@ import os
 import sys
 import sysconfig
 from glob import glob
+from itertools import chain
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -27,7 +29,17 @@ def torch_folder() -> Path | None:
 
 
 class BuildNative(build_ext):
-    """Says in one line what a package without native kernels means."""
+    """Compiles the sources side by side, and says in one line what a package without native kernels means."""
+
+    def build_extensions(self) -> None:
+        compile_in_turn = self.compiler.compile
+
+        def compile_side_by_side(sources: list[str], **options: object) -> list[str]:
+            with ThreadPool(min(len(sources), os.cpu_count() or 1)) as pool:
+                return list(chain(*pool.map(lambda source: compile_in_turn([source], **options), sources, chunksize=1)))
+
+        self.compiler.compile = compile_side_by_side
+        super().build_extensions()
 
     def run(self) -> None:
         super().run()

@@ -2,7 +2,7 @@
 
 import itertools
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -36,14 +36,18 @@ def three_models(*shape: int, dtype: torch.dtype = torch.float32, peaked: bool =
     return [(aligned + 0.3 * noise()).to(dtype), aligned.to(dtype), (shared + 1.5 * noise()).to(dtype)]
 
 
-def pairwise(options: dict[str, Iterable[object]], seed: int = 0) -> list[Case]:
+def pairwise(options: dict[str, Sequence[object]], seed: int = 0) -> list[Case]:
     """Few combinations in which every pair of values of every two options occurs."""
     names = list(options)
     candidates = list(itertools.product(*options.values()))
     random.Random(seed).shuffle(candidates)
     covered: set[tuple[int, object, int, object]] = set()
-    cases = []
+    sizes = [len(values) for values in options.values()]
+    all_pairs = sum(left * right for left, right in itertools.combinations(sizes, 2))
+    cases: list[Case] = []
     for values in candidates:
+        if len(covered) == all_pairs:
+            break
         pairs = {(i, values[i], j, values[j]) for i, j in itertools.combinations(range(len(names)), 2)}
         if not pairs <= covered:
             covered |= pairs

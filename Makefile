@@ -31,6 +31,7 @@ help:
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make package   sdist and wheel, tried in new environments with torch $(TORCHES)"
 	@echo "make triton    the GPU kernels without a GPU: in Triton's interpreter, and what they compile to (part of make test)"
+	@echo "make test-utility  tests that need lm-eval and judgezoo, which it installs"
 	@echo "make matrix    every ZeRO stage x LoRA x family x accumulation x ranks against float64 (a quarter of an hour)"
 	@echo "make gpu-train a 1B-shaped model through run.py on a GPU: speed and memory, linear against eager loss"
 	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler, gpu-linear and gpu-rest,"

@@ -92,7 +92,7 @@ class TrainConfig:
 
     # Run
     seed: int = 42
-    deepspeed: str | None = None  # zero0 | zero1 | zero2 | zero3, or the path of a DeepSpeed JSON file
+    deepspeed: str | None = None  # zero0 to zero3, zero2_offload, zero3_offload, or the path of a DeepSpeed JSON file
     world_size: int | None = None  # expected number of ranks; another number is refused
     use_cpu: bool = False  # train on the CPU even where there is a GPU (set DS_ACCELERATOR=cpu too for DeepSpeed)
     bf16: bool | None = None  # None: bf16 on a GPU, fp32 on a CPU

@@ -84,6 +84,14 @@ def test_a_recipe_says_what_the_paper_says(name):
 
 
 @pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_has_a_place_for_its_teachers_states(name):
+    """So that `deepalign cache-teacher --config X` and `--teacher cache` work as README and docs show them."""
+    config = load_config(CONFIGS / f"{name}.yaml", ["--teacher", "cache"])
+    assert config.teacher_cache == f"runs/teachers/{name}"
+    assert load_config(CONFIGS / f"{name}.yaml").teacher == "online"
+
+
+@pytest.mark.parametrize("name", RECIPES)
 def test_what_the_paper_does_not_say_is_marked(name):
     """Every number of the schedule and of the loss is the paper's or marked "ours"."""
     papers = {"top_k", "teacher_mix", "temperature", "epochs", "seed", "logging_steps", "save_steps"}

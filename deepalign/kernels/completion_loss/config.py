@@ -14,7 +14,7 @@ Penalty = Literal["square", "centered_square"]
 
 @dataclass(frozen=True)
 class CompletionLossConfig:
-    """Parameters of the loss; the defaults are the paper's.
+    """Parameters of the loss. Defaults are the paper's where it names a value; alpha_base, gamma, lambda_reg are ours.
 
     Attributes:
         top_k: size of the selected set M (Alg. 1).

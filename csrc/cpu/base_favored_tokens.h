@@ -102,7 +102,7 @@ struct ModelPair {
   };
 
   ModelPair(const Logits& aligned, const Logits& base, const Cut& cut, int64_t row)
-      : cut(cut), a(row_of<T>(aligned, row)), b(row_of<T>(base, row)) {
+      : cut(cut), a(row_of<T>(aligned, row)), b(row_of<T>(base, row)), entries(cut.size) {
     guess_offsets();
   }
 
@@ -118,6 +118,11 @@ struct ModelPair {
   PairOffsets offsets;
   double log2_a = 0, log2_b = 0;  // partitions, offsets included
   double log_ratio = 0;           // lse(b) - lse(a): d above it is base-favored
+  int64_t entries;                // that are present
+
+  FavoredAtMost at_most(int64_t favored) const {
+    return favored < entries ? FavoredAtMost{float(log_ratio), favored} : favored_at_most(a, b, cut.size);
+  }
 
  private:
   void guess_offsets();
@@ -146,10 +151,11 @@ void ModelPair<T, kRankings>::start_carefully() {
   offsets = PairOffsets();
   const Float lowest = splat(-kInfinity);
   Float largest_a = lowest, largest_b = lowest;
-  int64_t present = 0, absent = 0;
+  int64_t absent = 0;
+  entries = 0;
   const auto add = [&](Float xa, Float xb, Mask exists) {
     const Mask here = both(exists, finite(xa, xb));
-    present += count(here);
+    entries += count(here);
     absent += count(both(exists, both(equal(xa, lowest), equal(xb, lowest))));
     largest_a = max(choose(here, xa, lowest), largest_a), largest_b = max(choose(here, xb, lowest), largest_b);
   };
@@ -160,7 +166,7 @@ void ModelPair<T, kRankings>::start_carefully() {
     add(x.a.second, x.b.second, exists.second);
   }
   offsets.max_a = largest_lane(largest_a), offsets.max_b = largest_lane(largest_b);
-  bad = present == 0 || present + absent < cut.size;
+  bad = entries == 0 || entries + absent < cut.size;
 }
 
 template <class T, int kRankings>
@@ -334,7 +340,7 @@ typename BaseFavoredRow<T>::Part BaseFavoredRow<T>::collect(int64_t segment, std
 
 template <class T>
 void BaseFavoredRow<T>::finish(const Part& part, const std::vector<Candidates>& candidates) const {
-  write(part.favored, -1, -kInfinity);
+  write(pair.at_most(part.favored).count, -1, -kInfinity);
   for (int64_t i = 0; i < candidates[0].size(); ++i) {
     args.indices[row * args.top_k + i] = candidates[0].index(i);
     args.differences[row * args.top_k + i] = candidates[0].key(i);

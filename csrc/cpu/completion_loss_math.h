@@ -97,6 +97,7 @@ struct LossMaskedScan {
   Float max_s, max_t, max_r, max_b;
   Float floor;  // far below every maximum: its exponential is 0
   bool careful;
+  Float shift;  // taken off s - t
   // NaN stays NaN; an ordinary row's entries go as they are, so that one out of range shows.
   DEEPALIGN_INLINE Pair relative(Pair x, Float largest) const { return careful ? max(floor, x - largest) : x; }
 
@@ -110,8 +111,9 @@ struct LossMaskedScan {
     const Pair p = choose(mask, exp_s(relative(xs, max_s)), zero);
     const Pair q = choose(mask, exp_t(relative(xt, max_t)), zero);
     sums.s = add_both(sums.s, p), sums.t = add_both(sums.t, q);
-    sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, xt - xs)
-                                          : add_products(sums.divergence, p, xs - xt);
+    const Pair difference = xs - xt - shift;
+    sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, twice(zero) - difference)
+                                          : add_products(sums.divergence, p, difference);
     sums.logits = add_both(sums.logits, xs);
     largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
   }

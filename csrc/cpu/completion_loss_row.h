@@ -66,6 +66,9 @@ class CompletionLossRow {
   LossSums scan_again(int64_t begin) const;
   LossSums refined(LossSums sums) const;
   LossSums scan_exactly(int64_t begin) const;
+  LossSums scan_finely(const LossSums& rounded, float shift) const;
+  bool cancels() const;
+  bool is_flat(double partition, const LossPeak& peak) const;
   PeakSteps peak_steps(int64_t begin) const;
   void add_exactly(const Step& x, MaskPair exists, LossSums& sums) const;
   template <bool kPlain>
@@ -74,8 +77,11 @@ class CompletionLossRow {
   void use_given();
   Entry entry(int64_t i) const {
     const float a = to_float(a_[i]), b = to_float(b_[i]);
-    return {to_float(s_[i]), a + double(mix_) * double(b - a)};
+    const double t = rounds_teacher() ? largest_lane(fma(splat(mix_), splat(b - a), splat(a))) : a + double(mix_) * double(b - a);
+    return {to_float(s_[i]), t};
   }
+  // Where floats are a tenth apart, sums of t as passes round it and of t in double would not go together.
+  bool rounds_teacher() const { return std::abs(offsets_.max_t) >= 0x1p20f; }
   LossMember member(int64_t index) const;
   bool finite_at(int64_t i) const;
   LossMix mix() const { return {splat(mix_), args_.teacher_student, args_.favored_from_student}; }
@@ -181,7 +187,8 @@ LossMaskedScan CompletionLossRow<T>::masked_scan() const {
                         splat(offsets_.max_r),
                         splat(offsets_.max_b),
                         floor(),
-                        careful_};
+                        careful_,
+                        splat(0)};
 }
 
 template <class T>
@@ -278,14 +285,17 @@ template <class T>
 void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums& sums) const {
   const Float zero = splat(0);
   const MaskPair here = both(exists, finite(x.s, x.a, x.b));
+  const Pair xa = choose(here, x.a, zero), xb = choose(here, x.b, zero);
   float s[kStep], a[kStep], b[kStep], present[kStep];
-  store_pair(s, choose(here, x.s, zero)), store_pair(a, choose(here, x.a, zero)), store_pair(b, choose(here, x.b, zero));
+  store_pair(s, choose(here, x.s, zero)), store_pair(a, xa), store_pair(b, xb);
   store_pair(present, choose(here, splat(1), zero));
+  if (rounds_teacher()) store_pair(a, fma(splat(mix_), xb - xa, xa)), store_pair(b, fma(splat(mix_), xb - xa, xa));
+  const auto within = [](double x) { return std::min(1000.0, std::max(-1000.0, x)); };  // lanes beyond the row as well
   double p[kStep], q[kStep], difference[kStep];
   for (int lane = 0; lane < kStep; ++lane) {
     const double xs = s[lane], xt = a[lane] + double(mix_) * double(b[lane] - a[lane]);
-    p[lane] = present[lane] * exp2_of(std::max(-1000.0, double(scale_) * (xs - offsets_.max_s) - offsets_.s));
-    q[lane] = present[lane] * exp2_of(std::max(-1000.0, double(scale_) * (xt - offsets_.max_t) - offsets_.t));
+    p[lane] = present[lane] * exp2_of(within(double(scale_) * (xs - offsets_.max_s) - offsets_.s));
+    q[lane] = present[lane] * exp2_of(within(double(scale_) * (xt - offsets_.max_t) - offsets_.t));
     difference[lane] = xs - xt;
   }
   for (int lane = 0; lane < kStep; ++lane) {
@@ -333,10 +343,54 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   return sums;
 }
 
+// Those of s, t and the divergence once more, every step's in double but for the blocks of the peaks; the divergence is
+// that of s - shift and t. Two to three times as long as pass 1.
+template <class T>
+LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift) const {
+  LossMaskedScan scan = masked_scan();
+  scan.shift = splat(shift);
+  LossLaneSums sums(kStep);
+  LossSums peaks;
+  const LossPeak peak_s = rounded.peak_s, peak_t = rounded.peak_t;
+  const bool peaked_s = peak_s.mass > rounded.s / 64, peaked_t = peak_t.mass > rounded.t / 64;
+  Pair ignored = twice(splat(0));
+  for (int64_t begin = 0; begin < cut_.size; begin += cut_.block) {
+    if ((peaked_s && begin == peak_s.begin) || (peaked_t && begin == peak_t.begin)) {
+      LossSums exact = scan_exactly(begin);
+      exact.divergence += args_.teacher_student ? shift * exact.t : -shift * exact.s;
+      peaks += exact;
+      continue;
+    }
+    const int64_t end = std::min(begin + cut_.block, cut_.size);
+    for (int64_t i = begin; i < end; i += kStep) {
+      LossAccumulators step;
+      step.clear();
+      scan_step(scan, load(i, end - i), first_entries<T>(end - i), step, ignored);
+      sums.template add<false>(step, i);
+    }
+  }
+  LossSums total = sums.total();
+  total += peaks;
+  return total;
+}
+
+// Whether the divergence's two parts, which are rounded to 4e-8 of themselves, are much larger than it is.
+template <class T>
+bool CompletionLossRow<T>::cancels() const {
+  const double tau = args_.temperature;
+  return tau * std::abs(log_ratio_) > 10.0 * (1.0 + tau * tau * std::abs(raw_kl_));
+}
+
+// Whether no lane of a block has more than its share: terms that are alike are all rounded alike where they are added up.
+template <class T>
+bool CompletionLossRow<T>::is_flat(double partition, const LossPeak& peak) const {
+  return double(peak.mass) * kLanes * double((cut_.size + cut_.block - 1) / cut_.block) < 1.05 * partition;
+}
+
 template <class T>
 bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   const double tau = args_.temperature, scale = scale_, bits = float(kLog2E);
-  const LossSums sums = std::isfinite(rounded.divergence) ? refined(rounded) : rounded;
+  LossSums sums = std::isfinite(rounded.divergence) ? refined(rounded) : rounded;
   log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
   const double log2_r = std::log2(sums.r) + offsets_.r, log2_b = std::log2(sums.b) + offsets_.b;
   const double limit = Exponential::kMaxOffset;
@@ -346,7 +400,19 @@ bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0.
   log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
   threshold_ = float((log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r));
-  raw_kl_ = (args_.teacher_student ? sums.divergence / sums.t + log_ratio_ : sums.divergence / sums.s - log_ratio_) / tau;
+  const auto raw_kl = [&](double shift) {  // that of s - shift and t, whose log ratio is smaller by it
+    const double ratio = log_ratio_ - shift;
+    return (args_.teacher_student ? sums.divergence / sums.t + ratio : sums.divergence / sums.s - ratio) / tau;
+  };
+  raw_kl_ = raw_kl(0.0);
+  if (cancels() || is_flat(sums.s, sums.peak_s) || is_flat(sums.t, sums.peak_t)) {
+    const float shift = float(log_ratio_);
+    const LossSums fine = scan_finely(sums, shift);
+    sums.s = fine.s, sums.t = fine.t, sums.divergence = fine.divergence;
+    log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
+    log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
+    raw_kl_ = raw_kl(shift);
+  }
   mean_ = args_.centered_square ? sums.logits / double(present_) : 0.0;
   if (args_.given) use_given();
   return true;

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -80,4 +81,11 @@ def dense_rows(logits: Tensor) -> Tensor:
     """(..., V) as (N, V) with stride 1 in the vocabulary, which compiled kernels take; copied only if it must be."""
     if logits.dim() != 2:
         logits = logits.reshape(-1, logits.shape[-1])
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+    if logits.stride(-1) == 1 or logits.shape[-1] == 1:
+        return logits
+    return logits.clone(memory_format=torch.contiguous_format)  # `contiguous` leaves an empty one as it is
+
+
+def index_rows(indices: Tensor) -> Tensor:
+    """(..., K) as (N, K); K may be 0."""
+    return indices.reshape(prod(indices.shape[:-1]), indices.shape[-1])

@@ -40,5 +40,6 @@ def scale_kernel(x_ptr, factor_ptr, rows, stride_x, stride_f, width, BLOCK: tl.c
             row_ptr = x_ptr + row * stride_x
             for first in range(0, width, BLOCK):
                 at = first + tl.arange(0, BLOCK)
-                x = tl.load(row_ptr + at, mask=at < width, other=0.0).to(wide) * factor
+                x = tl.load(row_ptr + at, mask=at < width, other=0.0).to(wide)
+                x = tl.where(x == 0.0, x, x * factor)  # what has no gradient gets none from an infinite factor
                 tl.store(row_ptr + at, x.to(x_ptr.dtype.element_ty), mask=at < width)

@@ -60,7 +60,10 @@ def times_upstream(saved: list[Tensor], place: int, upstream: Tensor, *, given_a
         # run again needs its own.
         return saved[place].clone() if _graph_is_kept() else saved[place]
     # As a matrix: a number may be rounded to the gradient's dtype before the product.
-    return torch.mul(saved[place], _per_row(saved[place], upstream), out=torch.empty_like(saved[place]))
+    product = torch.mul(saved[place], _per_row(saved[place], upstream), out=torch.empty_like(saved[place]))
+    if known and not upstream.is_cuda and not bool(torch.isfinite(upstream).all()):
+        product.masked_fill_(saved[place] == 0, 0)  # padding, and rows that are not read, have none
+    return product
 
 
 def is_not_waited_for(upstream: Tensor) -> bool:

@@ -390,3 +390,29 @@ def test_nothing_is_written_to_the_inputs_without_inplace(implementation: str) -
     copies = [model.clone() for model in models]
     loss_and_gradient(*models, config=config(), implementation=implementation)
     assert all(torch.equal(model, copy) for model, copy in zip(models, copies, strict=True))
+
+
+@every_implementation
+def test_no_rows_of_any_strides(implementation: str) -> None:
+    leaf = torch.zeros(0, 20, requires_grad=True)
+    logits = leaf[:, ::2]
+    options = {"config": CompletionLossConfig(top_k=3), "implementation": implementation}
+    output = fused_completion_loss(logits, logits.detach(), logits.detach(), **options)
+    output.loss.backward()
+    assert output.loss.item() == 0.0
+    assert output.top_k_indices.shape == (0, 3)
+    assert leaf.grad.shape == (0, 20)
+
+
+@pytest.mark.parametrize("shape", [(30,), (3, 30), (2, 3, 30), (0, 30)])
+@every_implementation
+def test_a_given_selection_may_have_no_column(implementation: str, shape: tuple[int, ...]) -> None:
+    models = three_models(*shape)
+    options = {"config": CompletionLossConfig(), "implementation": implementation}
+    none = torch.zeros(*shape[:-1], 0, dtype=torch.int64)
+    output, gradient = loss_and_gradient(*models, top_k_indices=none, **options)
+    assert output.top_k_indices.shape == none.shape
+    expected, expected_gradient = loss_and_gradient(*models, top_k_indices=torch.full((*shape[:-1], 1), -1), **options)
+    assert torch.equal(output.loss, expected.loss)
+    assert torch.equal(gradient, expected_gradient)
+    assert not bool(output.completion.any())

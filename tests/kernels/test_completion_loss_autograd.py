@@ -77,6 +77,23 @@ def test_a_retained_graph_gives_the_same_gradient_twice(implementation: str, inp
     assert torch.equal(gradients[0], gradients[2])
 
 
+@pytest.mark.parametrize("infinite", [float("inf"), float("nan")])
+@every_implementation
+def test_what_has_no_gradient_gets_none_from_an_infinite_factor(implementation: str, infinite: float) -> None:
+    """A row that is not read, and padding: as where a loss per row is divided by weights of which one is 0."""
+    student, aligned, base = three_models(3, 30)
+    weight = torch.tensor([1.0, 0.0, 2.0])
+    options = {"kl_weight": weight, "completion_weight": weight, "vocab_size": 25, "reduction": "none"}
+    upstream = torch.tensor([1.0, infinite, infinite])
+    _, gradient = loss_and_gradient(
+        student, aligned, base, config=CONFIG, implementation=implementation, upstream=upstream, **options
+    )
+    assert not bool(gradient[1].any())
+    assert not bool(gradient[:, 25:].any())
+    assert bool(gradient[0, :25].isfinite().all())
+    assert not bool(gradient[2, :25].isfinite().any())
+
+
 @every_implementation
 def test_no_gradient_flows_to_the_frozen_models_or_the_weights(implementation: str) -> None:
     student, aligned, base = (model.requires_grad_() for model in three_models(2, 30))

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from deepalign.kernels.checks import COMPILED_DTYPES
-from deepalign.kernels.completion_loss import CompletionLossConfig
+from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
+from deepalign.kernels.position_divergence import base_favored_tokens, position_divergence
 from tests.kernels.loss_helpers import check_against_wide_rows, needs_native, tolerance_at
 
 pytestmark = needs_native
@@ -70,3 +71,62 @@ def test_the_count_is_exact_away_from_the_boundary() -> None:
     base = aligned + torch.where(up, 0.5, -0.5)
     output, _ = check_against_wide_rows(aligned, aligned, base, CompletionLossConfig(top_k=1))
     assert torch.equal(output.base_favored_count, up.sum(-1))
+
+
+FLAT = {
+    "constant": (lambda noise: 1.5 + 0 * noise, lambda noise: -2.0 + 0 * noise, lambda noise: 3.0 + 0 * noise),
+    "nearly constant": (lambda noise: 1e-3 * noise, lambda noise: -2.0 + 0 * noise, lambda noise: 3.0 + 0 * noise),
+    "a flat teacher": (lambda noise: noise, lambda noise: -7.0 + 0 * noise, lambda noise: 2.0 + 0 * noise),
+    "far below": (lambda noise: 4 * noise - 30, lambda noise: 4 * noise, lambda noise: 4 * noise),
+    "far above": (lambda noise: 4 * noise + 30, lambda noise: 4 * noise, lambda noise: 4 * noise + 2),
+}
+
+
+@pytest.mark.parametrize("direction", ["student_teacher", "teacher_student"])
+@pytest.mark.parametrize("models", FLAT.values(), ids=FLAT)
+def test_rows_whose_parts_cancel_or_are_all_alike(models: tuple, direction: str) -> None:
+    """A divergence that is small beside how far s and t are apart; terms that are rounded alike where they add up."""
+    generator = torch.Generator().manual_seed(5)
+    for rows, vocab in ((20, 65), (8, 1000), (3, 32000), (2, 40001)):
+        noise = torch.randn(rows, vocab, generator=generator).clamp(-4, 4)
+        config = CompletionLossConfig(top_k=5, lambda_reg=1e-6, kl_direction=direction)
+        logits = [model(noise) for model in models]
+        check_against_wide_rows(*logits, config, tolerance=1e-6, gradient_rounding=HALF_PLACE)
+
+
+@pytest.mark.parametrize("direction", ["student_teacher", "teacher_student"])
+@pytest.mark.parametrize("scale", [1e7, 1e9, 1e15, 1e30])
+def test_logits_of_which_floats_are_far_apart(scale: float, direction: str) -> None:
+    generator = torch.Generator().manual_seed(6)
+    models = [scale * torch.randn(64, 200, generator=generator) for _ in range(3)]
+    config = CompletionLossConfig(top_k=2, lambda_reg=0.0, kl_direction=direction)
+    student = models[0].clone().requires_grad_()
+    output = fused_completion_loss(student, *models[1:], config=config, reduction="none", implementation="cpu")
+    output.loss.sum().backward()
+    wide = [model.double() for model in models]
+    expected = fused_completion_loss(*wide, config=config, reduction="none", implementation="reference")
+    torch.testing.assert_close(output.kl.double(), expected.kl.double(), rtol=1e-6, atol=0)
+    assert bool(student.grad.isfinite().all())
+    alone = [model[:, :1] for model in models]  # one entry: nothing to diverge
+    one = CompletionLossConfig(top_k=1, kl_direction=direction)
+    kl = fused_completion_loss(*alone, config=one, reduction="none", implementation="cpu").kl
+    assert float(kl.abs().max()) <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("shift", [0.5, -3.0, 17.25])
+def test_no_entry_is_favored_where_all_are_shifted_alike(shift: float) -> None:
+    """The models are equal. Base-favored everywhere is what rounding may say, and what probabilities cannot."""
+    generator = torch.Generator().manual_seed(3)
+    aligned = (torch.randn(64, 4001, generator=generator) * 8).round() / 2
+    base = aligned + shift
+    absent = aligned.clone(), base.clone()
+    for model in absent:
+        model[:, 7:900] = -float("inf")
+    for pair in ((aligned, base), absent):
+        counts = [
+            base_favored_tokens(*pair, top_k=1, implementation="cpu").count,
+            *position_divergence(*pair, implementation="cpu")[-2:],
+            fused_completion_loss(pair[0], *pair, implementation="cpu").base_favored_count,
+        ]
+        for count in counts:
+            assert not bool(count.any())

@@ -16,7 +16,7 @@ from deepalign.kernels.contrastive_sample import api as sample_api
 from deepalign.kernels.contrastive_sample import triton as sample_triton
 from deepalign.kernels.contrastive_sample.op import op_arguments as sample_arguments
 from deepalign.kernels.contrastive_sample.reference import ContrastiveSample, SampleOptions
-from deepalign.kernels.library import dense_rows
+from deepalign.kernels.library import dense_rows, index_rows
 from deepalign.kernels.position_divergence import api as pair_api
 from deepalign.kernels.position_divergence import triton as pair_triton
 from deepalign.kernels.position_divergence.reference import BaseFavoredTokens, PositionDivergence
@@ -30,7 +30,7 @@ def _arguments(inputs: CompletionLossInputs) -> tuple[Any, ...]:
             base_NV=dense_rows(inputs.base_NV),
             kl_weight_N=inputs.kl_weight_N.flatten().contiguous(),
             completion_weight_N=inputs.completion_weight_N.flatten().contiguous(),
-            top_k_indices_NK=None if given is None else given.reshape(-1, given.shape[-1]).contiguous(),
+            top_k_indices_NK=None if given is None else index_rows(given).contiguous(),
         )
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.completion_loss.op import OP_INTO, completion_loss_with_gradient, op_arguments
-from deepalign.kernels.library import dense_rows
+from deepalign.kernels.library import dense_rows, index_rows
 
 
 def completion_loss_rows(
@@ -44,7 +44,7 @@ def _flat(inputs: CompletionLossInputs) -> CompletionLossInputs:
         base_NV=dense_rows(inputs.base_NV),
         kl_weight_N=inputs.kl_weight_N.flatten().contiguous(),
         completion_weight_N=inputs.completion_weight_N.flatten().contiguous(),
-        top_k_indices_NK=None if given is None else given.reshape(-1, given.shape[-1]).contiguous(),
+        top_k_indices_NK=None if given is None else index_rows(given).contiguous(),
     )
 
 

@@ -14,6 +14,7 @@ from deepalign.kernels.completion_loss.api import (
     row_weights,
 )
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossOutput
+from deepalign.kernels.library import index_rows
 from deepalign.kernels.linear_rows import check_logit_options, check_models, choose_chunk_rows, under_autocast
 
 
@@ -92,7 +93,7 @@ def fused_linear_completion_loss(
         *(tensor.detach().reshape(-1, tensor.shape[-1]) for tensor in (aligned, aligned_head, base, base_head)),
         kl_weight_N.reshape(-1),
         completion_weight_N.reshape(-1),
-        None if top_k_indices is None else top_k_indices.reshape(-1, top_k_indices.shape[-1]),
+        None if top_k_indices is None else index_rows(top_k_indices),
         kl_weight is not None and completion_weight is not None,
         config.top_k,
         config.teacher_mix,

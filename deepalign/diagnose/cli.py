@@ -4,8 +4,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepalign.data.contexts import (
     Context,
     PrefixSource,
@@ -21,6 +19,7 @@ from deepalign.diagnose.bootstrap import BootstrapOptions
 from deepalign.diagnose.page import below_tenth_text, number_text
 from deepalign.diagnose.positions import PositionOptions
 from deepalign.diagnose.run import BENIGN, HARMFUL, DiagnosisOptions, diagnose, load_pair_tokenizer
+from deepalign.models import choose_device
 from deepalign.sampling.cli import DTYPES
 
 
@@ -77,12 +76,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    device = choose_device("--device", options.device)
     aligned = named_models(options.aligned)
     tokenizer = load_pair_tokenizer(aligned, options.base)
     contexts = {HARMFUL: _contexts(tokenizer, options.harmful, options, _prefixes(options))}
     if options.benign is not None:
         contexts[BENIGN] = _contexts(tokenizer, options.benign, options, no_prefix)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = diagnose(
         aligned,
         options.base,

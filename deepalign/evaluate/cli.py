@@ -12,6 +12,7 @@ from deepalign.evaluate.reasoning_run import run_reasoning
 from deepalign.evaluate.requests import load_examples
 from deepalign.evaluate.subjects import DTYPES, Subject
 from deepalign.evaluate.utility import TASKS, UtilitySettings, run_utility
+from deepalign.models import choose_device
 
 JUDGES = (
     "keyword:qi2024, keyword:gcg, keyword:jailbreakbench, keyword:FILE.txt, judgezoo:NAME, microworld:SEED, module:name"
@@ -103,6 +104,7 @@ def _add_attack(parser: argparse.ArgumentParser, *, judges: bool = True) -> None
 
 
 def _subject(options: argparse.Namespace) -> Subject:
+    choose_device("--device", options.device)
     alpha = (1.0 if options.base else 0.0) if options.alpha is None else options.alpha
     return Subject(
         name=options.name or options.model,

@@ -21,6 +21,7 @@ from deepalign.evaluate.suite_config import SuiteConfig
 from deepalign.evaluate.suite_report import write_suite_report
 from deepalign.evaluate.tables import EXPERIMENTS, CommonSettings, TableRow
 from deepalign.evaluate.utility import LmEvalUtility, check_lm_eval
+from deepalign.models import choose_device
 from deepalign.train.config import build_dataclass
 
 
@@ -31,6 +32,7 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
         FileNotFoundError, ValueError, RuntimeError: what is wrong, names and settings before anything runs.
     """
     settings = experiment_settings(config)
+    choose_device("device", config.device)
     if config.utility is not None:
         check_lm_eval()
     out = Path(config.out)

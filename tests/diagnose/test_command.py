@@ -256,6 +256,7 @@ def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, cap
     assert "alpha must be above 0" in refused(capsys, *good, "--contrast", "0")
     assert "--limit must be at least 1" in refused(capsys, *good, "--limit", "0")
     assert "do not fit the models' context of 64" in refused(capsys, *good, "--positions", "64", "--generate")
+    assert "--device: 'foo' is no device" in refused(capsys, *good, "--device", "foo")
     assert "gradients must be at least 0" in refused(capsys, *good, "--gradients", "-1")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.records"))
     assert "other settings (options" in refused(capsys, *arguments(models, data, out, "--top-k", "5"))

@@ -134,6 +134,8 @@ def test_bad_options_are_refused_in_one_message(models, requests, phrases, tmp_p
         (["--judge", "keyword:nosuch"], "known: qi2024"),
         (["--data", str(tmp_path / "no.csv")], "no.csv does not exist"),
         (["--limit", "0"], "limit"),
+        (["--device", "foo"], "--device: 'foo' is no device"),
+        (["--adapter", str(models / "base")], "base holds no adapter_config.json"),
         (["--thinking", "on"], "has no enable_thinking"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
     ):

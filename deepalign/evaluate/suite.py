@@ -19,7 +19,7 @@ from deepalign.evaluate.judges import load_object
 from deepalign.evaluate.measurements import SeedRun
 from deepalign.evaluate.suite_config import SuiteConfig
 from deepalign.evaluate.suite_report import write_suite_report
-from deepalign.evaluate.tables import EXPERIMENTS, CommonSettings, TableRow
+from deepalign.evaluate.tables import EXPERIMENTS, CommonSettings, TableRow, check_needs
 from deepalign.evaluate.utility import LmEvalUtility, check_lm_eval
 from deepalign.models import choose_device
 from deepalign.train.config import build_dataclass
@@ -45,6 +45,8 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
         with clock.phase(f"seed {seed}: models"):
             families = _families(config, seed, folder, progress)
         run = SeedRun(config, seed, folder, families, progress)
+        for name, chosen in settings.items():
+            check_needs(run, name, chosen)
         for name, chosen in settings.items():
             with clock.phase(f"seed {seed}: {name}"):
                 results[name][seed] = EXPERIMENTS[name].rows(run, chosen)

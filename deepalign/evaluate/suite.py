@@ -13,7 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import check_folder, write_text_atomic
 from deepalign.evaluate.families import Family, families_from_settings
 from deepalign.evaluate.judges import load_object
 from deepalign.evaluate.measurements import SeedRun
@@ -33,6 +33,7 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
     """
     settings = experiment_settings(config)
     choose_device("device", config.device)
+    check_folder("out", config.out)
     if config.utility is not None:
         check_lm_eval()
     out = Path(config.out)

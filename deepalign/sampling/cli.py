@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if (options.input is None) != (options.output is None):
         raise ValueError("--input and --output go together; give both, or neither to talk to the model")
+    if options.output is not None and Path(options.output).is_dir():
+        raise IsADirectoryError(f"--output: {options.output} is a folder; give the path of a JSONL file")
     sampler = load_sampler(options)
     if options.input is None:
         chat(sampler, options)

@@ -245,7 +245,10 @@ def test_the_packaged_suite_is_read():
 
 def test_the_command_refuses_in_one_message(tmp_path, capsys):
     assert main(["evaluate", "suite", "--config", str(tmp_path / "no.yaml")]) == 2
-    assert "no.yaml does not exist" in capsys.readouterr().err
+    assert "no.yaml does not exist; give a suite's YAML file, or the name of a packaged" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["evaluate", "suite", "--config", str(CONFIG), "--out", str(tmp_path / "file" / "x")]) == 2
+    assert f"--out: {tmp_path / 'file'} is a file; give a folder" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("experiments: {table1: {}}\nseed: 3\n")
     assert main(["evaluate", "suite", "--config", str(tmp_path / "bad.yaml")]) == 2
     assert "unknown configuration key seed; did you mean seeds" in capsys.readouterr().err

@@ -2,14 +2,23 @@
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
 def check_model_path(name: str, value: str) -> None:
@@ -29,9 +38,80 @@ def check_model_path(name: str, value: str) -> None:
         raise FileNotFoundError(f"{name}: the model folder {value} does not exist; give a folder or a hub id")
 
 
+def choose_device(name: str, value: str | None) -> torch.device:
+    """The device that a user names, or without a name the GPU where there is one, else the CPU.
+
+    Raises:
+        ValueError: no device, or one that this machine or this torch does not have; `name` is the option's.
+    """
+    if value is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    advice = "give cpu or leave it out"
+    try:
+        device = torch.device(value)
+    except RuntimeError:
+        raise ValueError(f"{name}: {value!r} is no device; expected cpu, cuda or cuda:NUMBER; {advice}") from None
+    if device.type == "cpu":
+        return device
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        why = _first_line(error).partition(". ")[0]
+        if device.type == "cuda" and not torch.backends.cuda.is_built():
+            why = f"torch {torch.__version__} is built without CUDA"
+        elif device.type == "cuda" and not torch.cuda.is_available():
+            why = f"torch {torch.__version__} finds no GPU"
+        elif device.type == "cuda":
+            why = f"there are {torch.cuda.device_count()} GPU(s): {why}"
+        raise ValueError(f"{name}: {value!r} is not available here ({why}); {advice}") from None
+    return device
+
+
+@contextmanager
+def _naming(path: str, files: Sequence[str], missing: type[Exception] = OSError) -> Iterator[None]:
+    """Name `path` where none of `files` comes from it: the libraries name the hub's address, or nothing.
+
+    Args:
+        path: folder or hub id that the block loads.
+        files: a folder that holds one of them is whole; what is wrong with it, the library says.
+        missing: what the library raises where the hub has nothing.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        folder = Path(path).expanduser()
+        if folder.is_dir():
+            if any((folder / file).is_file() for file in files):
+                raise
+            raise FileNotFoundError(
+                f"{path} holds no {' or '.join(files)}; give a folder written by save_pretrained"
+            ) from error
+        if not isinstance(error, (OSError, missing)):
+            raise
+        raise OSError(
+            f"{path!r} is no folder here, and it could not be had from the Hugging Face hub: "
+            f"{_first_line(error).rstrip('.')}. Give a folder, or the name of a model on the hub"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def holds_tokenizer(folder: Path) -> bool:
+    """Whether a tokenizer was saved in a folder."""
+    return any((folder / name).is_file() for name in TOKENIZER_FILES)
+
+
 def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
-    """The tokenizer saved with a model; a missing pad token becomes the end-of-turn token."""
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    """The tokenizer saved with a model; a missing pad token becomes the end-of-turn token.
+
+    Raises:
+        OSError: none there, and none on the hub.
+        ValueError: one without a pad and an eos token.
+    """
+    with _naming(path, TOKENIZER_FILES):
+        tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has neither a pad nor an eos token; set one of them")
@@ -59,9 +139,24 @@ def check_same_tokenizer(
     )
 
 
+def load_model_config(path: str) -> PreTrainedConfig:
+    """A model's configuration alone.
+
+    Raises:
+        OSError: none there, and none on the hub.
+    """
+    with _naming(path, ["config.json"]):
+        return AutoConfig.from_pretrained(path)
+
+
 def load_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
-    """A causal language model in `dtype`, trainable; `options` go to `from_pretrained`."""
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **(options or {}))
+    """A causal language model in `dtype`, trainable; `options` go to `from_pretrained`.
+
+    Raises:
+        OSError: none there, and none on the hub.
+    """
+    with _naming(path, ["config.json"]):
+        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **(options or {}))
 
 
 def load_frozen_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -69,6 +164,31 @@ def load_frozen_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] 
     model = load_model(path, dtype, options)
     model.requires_grad_(False)
     return model.eval()
+
+
+def load_adapter_config(path: str) -> Any:
+    """The configuration of a PEFT adapter.
+
+    Raises:
+        OSError: none there, and none on the hub.
+    """
+    from peft import PeftConfig
+
+    with _naming(path, ["adapter_config.json"], ValueError):
+        return PeftConfig.from_pretrained(path)
+
+
+def load_adapter(model: PreTrainedModel, path: str) -> Any:
+    """A model with a PEFT adapter on it, frozen and in evaluation mode.
+
+    Raises:
+        OSError: none there, and none on the hub.
+    """
+    from peft import PeftModel
+
+    config = load_adapter_config(path)
+    with _naming(path, ["adapter_config.json"]):
+        return PeftModel.from_pretrained(model, path, config=config).eval()
 
 
 def logits_width(model: PreTrainedModel) -> int:

@@ -126,6 +126,19 @@ def _messages(value: Any, key: str) -> list[Message]:
     return [{"role": message["role"], "content": message["content"]} for message in value]
 
 
+def check_folder(name: str, path: str | os.PathLike[str]) -> None:
+    """Refuse, before anything runs, an output folder that is a file or lies below one; `name` is the option's.
+
+    Raises:
+        NotADirectoryError: which file.
+    """
+    for place in (Path(path), *Path(path).parents):
+        if place.is_dir():
+            return
+        if place.exists():
+            raise NotADirectoryError(f"{name}: {place} is a file; give a folder, or a path where none is yet")
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     """Write `text` to `path` so that the file is always either the old one or the new one, whole.
 

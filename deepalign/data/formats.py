@@ -30,6 +30,9 @@ HEX_PHI_CATEGORIES = {
     11: "Tailored Financial Advice",
 }
 
+# A request and the start of an answer are sentences: a first row with fewer words is a header under other names.
+WORDS_OF_A_TEXT = 3
+
 
 @dataclass(frozen=True)
 class Record:
@@ -105,10 +108,10 @@ def table(path: Path, headerless: Sequence[str] = ()) -> list[tuple[int, dict[st
     Args:
         path: the file; its suffix says its format.
         headerless: names of the columns of a CSV file without a header. A first row that holds the last of these
-            names is a header all the same.
+            names is a header all the same, and one that does not read like texts is a header of another format.
 
     Raises:
-        ValueError: another suffix, or a CSV row that does not fit its header.
+        ValueError: another suffix, another header, or a CSV row that does not fit its header.
         RuntimeError: parquet without pyarrow.
     """
     if path.suffix == ".csv":
@@ -129,6 +132,7 @@ def _csv_rows(path: Path, headerless: Sequence[str]) -> Iterable[tuple[int, dict
     if not headerless or headerless[-1] in columns:
         rows = rows[1:]
     else:
+        _check_headerless(path, rows[0][1], headerless)
         columns = list(headerless)
     for number, row in rows:
         if len(row) != len(columns):
@@ -137,6 +141,18 @@ def _csv_rows(path: Path, headerless: Sequence[str]) -> Iterable[tuple[int, dict
                 "Texts with commas need double quotes"
             )
         yield number, dict(zip(columns, row, strict=True))
+
+
+def _check_headerless(path: Path, first: list[str], columns: Sequence[str]) -> None:
+    """Refuse a first row that is a header, which would become a request."""
+    are_texts = [len(field.split()) >= WORDS_OF_A_TEXT for field in first]
+    if all(are_texts) or (len(first) != len(columns) and any(are_texts)):  # texts cut at their commas are told so
+        return
+    expected = ",".join(columns)
+    raise ValueError(
+        f"{path}: row 1 is no header of this format and reads like one: {','.join(first):.80}; expected {expected}. "
+        f"Rename the columns; in a file without a header put the line {expected} above its rows"
+    )
 
 
 def _parquet_rows(path: Path) -> list[dict[str, Any]]:

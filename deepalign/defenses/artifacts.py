@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig
-
 from deepalign.data.chat import EncodedExample
 from deepalign.data.files import write_text_atomic
+from deepalign.models import load_model_config
 
 IDENTITY_FILE = "made_from.json"
 
@@ -61,7 +60,7 @@ def model_identity(path: str) -> str:
     """A fingerprint of a model: of all bytes of its weights and configuration, or the commit of a hub id."""
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        return f"{path}@{getattr(AutoConfig.from_pretrained(path), '_commit_hash', None)}"
+        return f"{path}@{getattr(load_model_config(path), '_commit_hash', None)}"
     return folder_identity(folder)
 
 

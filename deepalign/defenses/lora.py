@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import EncodedExample
 from deepalign.kernels.checks import require
-from deepalign.models import load_model
+from deepalign.models import load_adapter, load_model
 
 ADAPTER = "default"  # peft's name for the one adapter
 
@@ -140,6 +140,6 @@ def merged_model(model_path: str, adapter: Path, dtype: torch.dtype = torch.floa
     """
     if not (adapter / "adapter_config.json").is_file():
         raise FileNotFoundError(f"{adapter} holds no adapter_config.json; give a folder that peft has written")
-    merged = PeftModel.from_pretrained(load_model(model_path, dtype), str(adapter)).merge_and_unload()
+    merged = load_adapter(load_model(model_path, dtype), str(adapter)).merge_and_unload()
     merged.requires_grad_(True)  # peft froze the weights it wrapped
     return merged.eval()

@@ -1,10 +1,9 @@
 """`deepalign diagnose`: where alignment stops, from a user's own models and prompts to one page."""
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from deepalign.data.contexts import (
     Context,
@@ -15,12 +14,14 @@ from deepalign.data.contexts import (
     no_prefix,
     prefixes_of_file,
 )
-from deepalign.data.files import Message, read_jsonl, read_prompts
+from deepalign.data.files import Message, check_folder, read_jsonl, read_prompts
 from deepalign.data.sources import load_conversations, load_data, parse_spec
 from deepalign.diagnose.bootstrap import BootstrapOptions
 from deepalign.diagnose.page import below_tenth_text, number_text
 from deepalign.diagnose.positions import PositionOptions
+from deepalign.diagnose.report import EARLY, LATE
 from deepalign.diagnose.run import BENIGN, HARMFUL, DiagnosisOptions, diagnose, load_pair_tokenizer
+from deepalign.models import choose_device
 from deepalign.sampling.cli import DTYPES
 
 
@@ -77,12 +78,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    device = choose_device("--device", options.device)
+    check_folder("--out", options.out)
     aligned = named_models(options.aligned)
     tokenizer = load_pair_tokenizer(aligned, options.base)
     contexts = {HARMFUL: _contexts(tokenizer, options.harmful, options, _prefixes(options))}
     if options.benign is not None:
         contexts[BENIGN] = _contexts(tokenizer, options.benign, options, no_prefix)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     report = diagnose(
         aligned,
         options.base,
@@ -125,13 +127,35 @@ def summary(report: dict[str, Any]) -> str:
             verdict = found["verdict"]
             lines.append(
                 f"{name}, {group} (n = {found['n']}): KL {number_text(verdict['kl_first'])} nats at the first token, "
-                f"below a tenth of it from position {below_tenth_text(verdict['below_tenth'])}, for good from "
-                f"{below_tenth_text(verdict['below_tenth_for_good'])}; late over early "
-                f"{number_text(verdict['kl_late_over_early'])}"
+                f"{_fall_text(verdict)}; {_late_text(verdict)}"
             )
-    against = [claim["claim"] for claim in report["claims"] if claim["verdict"] == "disagrees"]
-    lines += [f"disagrees with the paper: {claim}" for claim in against]
+    for claim in report["claims"]:
+        if claim["verdict"] == "disagrees":
+            measured = claim["measured"]
+            lines.append(
+                f"disagrees with the paper, which has: {claim['claim']}. Measured: {number_text(measured)}, "
+                f"{measured['what']}"
+            )
     return "\n".join(lines)
+
+
+def _fall_text(verdict: Mapping[str, Any]) -> str:
+    first, for_good = verdict["below_tenth"], verdict["below_tenth_for_good"]
+    if first["value"] is None:
+        return "never below a tenth of it"
+    found = f"below a tenth of it first at position {below_tenth_text(first)}"
+    if for_good["value"] is None:
+        return f"{found}, and not for good"
+    return f"{found}, for good from position {below_tenth_text(for_good)}"
+
+
+def _late_text(verdict: Mapping[str, Any]) -> str:
+    if verdict["kl_late"]["value"] is None:
+        return f"no positions from {LATE[0]} on"
+    if verdict["kl_late_over_early"]["value"] is None:
+        return f"from position {LATE[0]} on {number_text(verdict['kl_late'])} nats"
+    ratio = number_text(verdict["kl_late_over_early"])
+    return f"from position {LATE[0]} on {ratio} times that of positions {EARLY[0]} to {EARLY[1]}"
 
 
 def _contexts(tokenizer: Any, path: str, options: argparse.Namespace, prefixes: PrefixSource) -> list[Context]:
@@ -150,6 +174,11 @@ def _read(spec: str, *, answers: bool) -> list[list[Message]]:
     """Conversations with answers, of a file or a data set by name; where none are needed, prompts alone will do."""
     parsed = parse_spec(spec)
     if parsed.data_set is not None:
+        if answers and not parsed.data_set.answers:
+            raise ValueError(
+                f"{spec}: {parsed.data_set.name} holds requests without answers; add --generate, with which each model "
+                "writes its own, or give data with answers, as harmful-hex-phi"
+            )
         if answers:
             return load_conversations(spec, announce=True)
         return [record.messages for record in load_data(spec, announce=True)]

@@ -5,6 +5,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from deepalign.data.files import check_folder
 from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.prefill_run import run_prefill
 from deepalign.evaluate.reasoning import HARMFUL_JUDGE, REASONING_JUDGE
@@ -12,6 +13,7 @@ from deepalign.evaluate.reasoning_run import run_reasoning
 from deepalign.evaluate.requests import load_examples
 from deepalign.evaluate.subjects import DTYPES, Subject
 from deepalign.evaluate.utility import TASKS, UtilitySettings, run_utility
+from deepalign.models import choose_device
 
 JUDGES = (
     "keyword:qi2024, keyword:gcg, keyword:jailbreakbench, keyword:FILE.txt, judgezoo:NAME, microworld:SEED, module:name"
@@ -58,6 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
+    if options.out is not None:
+        check_folder("--out", options.out)
     return int(options.run(options))
 
 
@@ -103,6 +107,7 @@ def _add_attack(parser: argparse.ArgumentParser, *, judges: bool = True) -> None
 
 
 def _subject(options: argparse.Namespace) -> Subject:
+    choose_device("--device", options.device)
     alpha = (1.0 if options.base else 0.0) if options.alpha is None else options.alpha
     return Subject(
         name=options.name or options.model,
@@ -167,6 +172,11 @@ def _suite(options: argparse.Namespace) -> int:
     from deepalign.evaluate.suite import run_suite
     from deepalign.evaluate.suite_config import load_suite
 
+    if options.config not in PACKAGED and not Path(options.config).is_file():
+        raise FileNotFoundError(
+            f"--config: {options.config} does not exist; give a suite's YAML file, or the name of a packaged one: "
+            f"{', '.join(PACKAGED)}"
+        )
     config = load_suite(PACKAGED.get(options.config, options.config))
     if options.out is not None:
         config = dataclasses.replace(config, out=options.out)

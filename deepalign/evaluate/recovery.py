@@ -12,12 +12,11 @@ from typing import Any, Literal, get_args
 
 import torch
 import yaml
-from transformers import AutoConfig
 
 from deepalign.data.files import write_text_atomic
 from deepalign.defenses.artifacts import folder_identity, make_once, model_identity
 from deepalign.defenses.lora import merged_model
-from deepalign.models import check_model_path, load_tokenizer
+from deepalign.models import check_model_path, load_model_config, load_tokenizer
 from deepalign.train.config import TrainConfig, build_dataclass, config_as_dict
 from deepalign.train.launch import launch_on_cpu
 from deepalign.train.run import main
@@ -130,5 +129,5 @@ def save_merged(model_path: str, adapter: str | Path, out_dir: str | Path, *, pr
 
 def _saved_dtype(model_path: str) -> torch.dtype:
     """The dtype that a checkpoint's configuration names; fp32 where it names none."""
-    dtype = AutoConfig.from_pretrained(model_path).get_text_config().dtype
+    dtype = load_model_config(model_path).get_text_config().dtype
     return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from deepalign.data.sources import load_data, prompt_and_target
+from deepalign.data.formats import Record
+from deepalign.data.sources import load_data, parse_spec, prompt_and_target
 from deepalign.evaluate.outcomes import AttackExample
 
 
@@ -23,5 +24,17 @@ def load_examples(spec: str, limit: int | None = None) -> list[AttackExample]:
         if not Path(spec).is_file():
             raise FileNotFoundError(f"the file {spec} does not exist; give a CSV file with the columns goal and target")
         spec = f"advbench:{spec}"
-    examples = [AttackExample(*prompt_and_target(record.messages)) for record in load_data(spec)]
-    return examples[:limit]
+    data_set = parse_spec(spec).data_set
+    if data_set is not None and not data_set.answers:
+        raise ValueError(
+            f"{spec}: {data_set.name} holds requests without answers, whose beginnings the attack forces; give "
+            "advbench, harmful-hex-phi, or a JSONL file of prompts and completions"
+        )
+    return [_example(spec, number, record) for number, record in enumerate(load_data(spec)[:limit], start=1)]
+
+
+def _example(spec: str, number: int, record: Record) -> AttackExample:
+    try:
+        return AttackExample(*prompt_and_target(record.messages))
+    except ValueError as error:
+        raise ValueError(f"{spec}: row {number}: {error}; give rows of one prompt and its completion") from None

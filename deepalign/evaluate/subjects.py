@@ -15,7 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deepalign.data.resumable import model_fingerprint
 from deepalign.evaluate.generation import Contrast
 from deepalign.kernels.contrastive_sample import Space
-from deepalign.models import check_model_path, check_same_tokenizer, load_frozen_model, load_tokenizer
+from deepalign.models import (
+    check_model_path,
+    check_same_tokenizer,
+    choose_device,
+    load_adapter,
+    load_adapter_config,
+    load_frozen_model,
+    load_tokenizer,
+)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -59,14 +67,17 @@ class Subject:
         return {"model": model_fingerprint(self.model), "adapter": adapter, "contrast": contrast, "dtype": self.dtype}
 
     def check(self) -> None:
-        """Refuse folders that do not exist, before anything is loaded.
+        """Refuse folders and devices that are not there, before anything is loaded.
 
         Raises:
-            FileNotFoundError: which one.
+            OSError, ValueError: which one.
         """
+        choose_device("device", self.device)
         check_model_path(f"{self.name}: model", self.model)
         if self.alpha > 0:
             check_model_path(f"{self.name}: base", str(self.base))
+        if self.adapter is not None:
+            load_adapter_config(self.adapter)
 
 
 @dataclass(frozen=True)
@@ -84,18 +95,16 @@ def load_subject(subject: Subject) -> Iterator[LoadedSubject]:
     """Load a subject for the duration of the block; its memory is given back afterwards.
 
     Raises:
-        FileNotFoundError: a folder that does not exist.
-        ValueError: tokenizers of model and base that differ.
+        OSError: a model or an adapter that is not there.
+        ValueError: no such device, or tokenizers of model and base that differ.
     """
     subject.check()
-    device = torch.device(subject.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device("device", subject.device)
     dtype = DTYPES[subject.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     tokenizer = load_tokenizer(subject.model)
     model = load_frozen_model(subject.model, dtype)
     if subject.adapter is not None:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, subject.adapter).merge_and_unload().eval()
+        model = load_adapter(model, subject.adapter).merge_and_unload().eval()
     torch.nn.Module.to(model, device)
     contrast = None
     if subject.alpha > 0:

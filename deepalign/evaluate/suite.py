@@ -13,14 +13,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import check_folder, write_text_atomic
 from deepalign.evaluate.families import Family, families_from_settings
 from deepalign.evaluate.judges import load_object
 from deepalign.evaluate.measurements import SeedRun
 from deepalign.evaluate.suite_config import SuiteConfig
 from deepalign.evaluate.suite_report import write_suite_report
-from deepalign.evaluate.tables import EXPERIMENTS, CommonSettings, TableRow
+from deepalign.evaluate.tables import EXPERIMENTS, CommonSettings, TableRow, check_needs
 from deepalign.evaluate.utility import LmEvalUtility, check_lm_eval
+from deepalign.models import choose_device
 from deepalign.train.config import build_dataclass
 
 
@@ -31,6 +32,8 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
         FileNotFoundError, ValueError, RuntimeError: what is wrong, names and settings before anything runs.
     """
     settings = experiment_settings(config)
+    choose_device("device", config.device)
+    check_folder("out", config.out)
     if config.utility is not None:
         check_lm_eval()
     out = Path(config.out)
@@ -43,6 +46,8 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
         with clock.phase(f"seed {seed}: models"):
             families = _families(config, seed, folder, progress)
         run = SeedRun(config, seed, folder, families, progress)
+        for name, chosen in settings.items():
+            check_needs(run, name, chosen)
         for name, chosen in settings.items():
             with clock.phase(f"seed {seed}: {name}"):
                 results[name][seed] = EXPERIMENTS[name].rows(run, chosen)

@@ -35,6 +35,7 @@ RECOVERIES: dict[str, tuple[Reference, Control]] = {
     "Random M": ("original", "random_m"),
 }
 ADAPTERS = {"LoRA": "lora", "Vaccine": "lora", "SaLoRA": "salora", "Safe LoRA": "safe_lora"}
+RECOVERY_ROLES = {"Vaccine": ("vaccine",), "Safe LoRA": ("base",), **dict.fromkeys(RECOVERIES, ("base",))}
 RECOVERY_METHODS = ("Base", *ADAPTERS, *RECOVERIES)
 
 
@@ -217,6 +218,31 @@ EXPERIMENTS: dict[str, Experiment] = {
         note="What counts as reasoning is a rule (deepalign/evaluate/reasoning.py) unless the suite names a judge.",
     ),
 }
+
+
+def check_needs(run: SeedRun, name: str, settings: CommonSettings) -> None:
+    """Refuse a table for which a family lacks models or data, before any is measured.
+
+    Raises:
+        ValueError: which family lacks what.
+    """
+    for family in _families(run, settings):
+        benign = name in ("table2", "table3")
+        if isinstance(settings, ContrastiveTable):
+            family.model("aligned", name)
+            family.model("base", name)
+        elif isinstance(settings, MethodTable):
+            for method in settings.methods:
+                family.model(METHOD_ROLES[method], f"{name}, {method},")
+        elif isinstance(settings, RecoveryTable):
+            benign = name == "table4" or settings.methods != ("Base",)  # Table 4 has the loss on held-out benign rows
+            for method in settings.methods:
+                for role in ("aligned", *RECOVERY_ROLES.get(method, ())):
+                    family.model(role, f"{name}, {method},")
+            if "SaLoRA" in settings.methods and not family.safe:
+                raise ValueError(f"{name}, SaLoRA: {family.name} has no refusals to keep it safe by; set data.safe")
+        if benign and not family.benign:
+            raise ValueError(f"{name}: {family.name} has no conversations to fine-tune on; set data.benign")
 
 
 def rate(k: int, n: int) -> Cell:

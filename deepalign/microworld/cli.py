@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 
+from deepalign.data.files import check_folder
 from deepalign.microworld.demo import SETTINGS, load_settings, run_demo
 
 
@@ -17,6 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the demo and print its report."""
+    check_folder("--out", options.out)
     settings = load_settings(options.config or SETTINGS)
     if options.seed is not None:
         settings = dataclasses.replace(settings, seed=options.seed)

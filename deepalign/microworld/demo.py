@@ -34,7 +34,7 @@ from deepalign.microworld.tokenizer import build_tokenizer
 from deepalign.microworld.utility import evaluate_utility
 from deepalign.microworld.world import World, attack_examples, completion_files
 from deepalign.models import load_frozen_model
-from deepalign.train.config import build_dataclass
+from deepalign.train.config import build_dataclass, read_settings
 from deepalign.train.launch import launch_on_cpu
 
 SETTINGS = Path(__file__).with_name("demo.yaml")
@@ -81,7 +81,8 @@ def load_settings(path: str | os.PathLike[str] = SETTINGS) -> DemoSettings:
     Raises:
         FileNotFoundError, ValueError, TypeError: no such file, an unknown key, a value of another type or out of range.
     """
-    return build_dataclass(DemoSettings, yaml.safe_load(Path(path).read_text(encoding="utf-8")))
+    settings: DemoSettings = build_dataclass(DemoSettings, read_settings(path))
+    return settings
 
 
 def run_demo(out_dir: str | os.PathLike[str], settings: DemoSettings, *, seeds: int = 1, progress: bool = True) -> Path:

@@ -3,11 +3,19 @@
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from deepalign.models import check_model_path, load_frozen_model, load_tokenizer
+from deepalign.models import (
+    check_model_path,
+    choose_device,
+    load_adapter,
+    load_adapter_config,
+    load_frozen_model,
+    load_tokenizer,
+)
 from deepalign.sampling.batch_run import run_batch
 from deepalign.sampling.sampler import ContrastiveSampler
 
@@ -48,6 +56,8 @@ def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
     if (options.input is None) != (options.output is None):
         raise ValueError("--input and --output go together; give both, or neither to talk to the model")
+    if options.output is not None and Path(options.output).is_dir():
+        raise IsADirectoryError(f"--output: {options.output} is a folder; give the path of a JSONL file")
     sampler = load_sampler(options)
     if options.input is None:
         chat(sampler, options)
@@ -73,8 +83,9 @@ def load_sampler(options: argparse.Namespace) -> ContrastiveSampler:
     """Load the models that the options name.
 
     Raises:
-        FileNotFoundError: a folder that does not exist.
-        ValueError: no model to align or to contrast with, tokenizers that differ, or a drawing option out of range.
+        OSError: a model or an adapter that is not there.
+        ValueError: no such device, no model to align or to contrast with, tokenizers that differ, or a drawing option
+            out of range.
     """
     if (options.aligned is None) == (options.adapter is None):
         raise ValueError("give either --aligned, or --adapter with the --base it belongs to")
@@ -83,18 +94,18 @@ def load_sampler(options: argparse.Namespace) -> ContrastiveSampler:
     paths = {"--aligned": options.aligned} if options.adapter is None else {}
     if options.adapter is not None or options.alpha > 0:
         paths["--base"] = options.base
+    device = choose_device("--device", options.device)
     for name, path in paths.items():
         check_model_path(name, path)
+    if options.adapter is not None:
+        load_adapter_config(options.adapter)  # refused before a model is loaded
     tokenizers = [load_tokenizer(path) for path in paths.values()]
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
     models: list[Any] = [load_frozen_model(path, dtype) for path in paths.values()]
     for model in models:
         model.to(device)
     if options.adapter is not None:
-        from peft import PeftModel
-
-        models[0] = PeftModel.from_pretrained(models[0], options.adapter).eval()
+        models[0] = load_adapter(models[0], options.adapter)
     return ContrastiveSampler(
         models[0],
         models[1] if len(models) > 1 else None,

@@ -5,15 +5,23 @@ import shutil
 from pathlib import Path
 
 import torch
-from peft import PeftConfig, PeftModel
-from transformers import AutoConfig
 
-from deepalign.models import check_model_path, load_model, load_tokenizer
+from deepalign.models import (
+    check_model_path,
+    holds_tokenizer,
+    load_adapter,
+    load_adapter_config,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+)
 from deepalign.train.checkpoints import CARD_FILE, replace_folder
 
 
 def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> None:
     """Write the model that an adapter and its base model make together, with the adapter's tokenizer and card.
+
+    The tokenizer is the base model's where the adapter's folder has none, as PEFT alone writes it.
 
     The sum is taken in float32 and rounded once to the base model's dtype. `out` is there whole or not at all.
 
@@ -30,16 +38,17 @@ def merge_adapter(adapter: Path, out: Path, base: str | None = None) -> None:
         raise FileNotFoundError(f"--adapter: {adapter} holds no adapter_config.json; give a folder of a LoRA training")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"--out: {out} exists and is not empty; give another folder")
-    base = base or str(PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path)
+    base = base or str(load_adapter_config(str(adapter)).base_model_name_or_path)
     check_model_path("the adapter's base model (--base says where it is)", base)
-    dtype = AutoConfig.from_pretrained(base).dtype or torch.float32
-    adapted = PeftModel.from_pretrained(load_model(base, torch.float32), str(adapter))
+    dtype = load_model_config(base).dtype or torch.float32
+    tokenizer = load_tokenizer(str(adapter) if holds_tokenizer(adapter) else base)
+    adapted = load_adapter(load_model(base, torch.float32), str(adapter))
     merged = adapted.merge_and_unload(safe_merge=True).to(dtype)
     merged.requires_grad_(True)
     staging = out.with_name(f".{out.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
     merged.save_pretrained(staging)
-    load_tokenizer(str(adapter)).save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
     if (adapter / CARD_FILE).is_file():
         text = (adapter / CARD_FILE).read_text(encoding="utf-8")
         (staging / CARD_FILE).write_text(f"{text}\nThe adapter described above, merged into its base model.\n", "utf-8")

@@ -5,13 +5,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from deepalign.data.chat import EncodedExample, TemplateOptions, encode_example
 from deepalign.data.sources import load_conversations
 from deepalign.data.steps import RandomSelection, RowWeights, StepDataset, check_batch_size
-from deepalign.models import check_same_tokenizer, load_tokenizer, set_cpu_threads
+from deepalign.models import check_same_tokenizer, load_model_config, load_tokenizer, set_cpu_threads
 from deepalign.train.checks import check_machine, check_paths
 from deepalign.train.config import TrainConfig, deepspeed_config_path
 from deepalign.train.model_card import card_writer
@@ -107,7 +107,7 @@ def load_streams(
 ) -> tuple[list[EncodedExample], list[EncodedExample]]:
     """The harmful and the utility examples as token ids, cut to what all models can read."""
     paths = {config.aligned, config.base, config.student or config.aligned}
-    context = min(AutoConfig.from_pretrained(path).get_text_config().max_position_embeddings for path in paths)
+    context = min(load_model_config(path).get_text_config().max_position_embeddings for path in paths)
     max_length = min(config.max_length or context, context)
     streams = []
     for stream, path in (("harmful", config.harmful_data), ("utility", config.utility_data)):

@@ -11,10 +11,11 @@ import argparse
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepalign.data.show import show_batch
 from deepalign.data.steps import StepDataset
+from deepalign.models import load_model_config
 from deepalign.train.config import LoraConfig, TrainConfig
 from deepalign.train.estimate import GIB, Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
 from deepalign.train.prepare import load_common_tokenizer, load_streams, step_count, step_dataset
@@ -67,7 +68,7 @@ def dry_run(options: argparse.Namespace, config: TrainConfig) -> str:
     ranks = options.ranks if options.ranks is not None else config.world_size or 1
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; expected at least 1")
-    model = AutoConfig.from_pretrained(config.student or config.aligned)
+    model = load_model_config(config.student or config.aligned)
     load, average, source = _workload(config, ranks, model.get_text_config().max_position_embeddings)
     on_gpu = options.device == "gpu" or (options.device is None and not config.use_cpu)
     setup = _setup(config, ranks, on_gpu)

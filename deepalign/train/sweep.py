@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -39,7 +40,7 @@ from deepalign.train.variants import VARIANT
 SHORT = {name: f"loss.{name}" for name in CompletionLossConfig.__dataclass_fields__} | {"k": "loss.top_k"}
 KEYS = {*TrainConfig.__dataclass_fields__, VARIANT}
 METRICS = ("loss", "kl", "completion", "alpha", "base_favored_count", "mean_logit")
-RESULT, LAST_STEPS = "evaluation.json", 10
+RESULT, LOG, LAST_STEPS = "evaluation.json", "output.log", 10
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,9 @@ def run(options: argparse.Namespace, overrides: Sequence[str] = ()) -> int:
     table = write_table([row_of(cell) for cell in cells], len(cells[0].values), out, options.sort)
     print(table.read_text(encoding="utf-8"))
     for cell in failed:
-        print(f"failed: {cell.name} (output: {cell.folder / 'output.log'})", file=sys.stderr)
+        print(f"failed: {cell.name} (output: {cell.folder / LOG})", file=sys.stderr)
+        if reason := last_error(cell.folder / LOG):
+            print(f"  {reason}", file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -121,7 +124,8 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
         name = SHORT.get(key.strip(), key.strip())
         if "." not in name and name not in KEYS:
             near = difflib.get_close_matches(name, [*SHORT, *KEYS], n=1)
-            raise ValueError(f"--grid {word}: unknown key {name}" + (f"; did you mean {near[0]}?" if near else ""))
+            hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(sorted({*SHORT, *KEYS}))}"
+            raise ValueError(f"--grid {word}: unknown key {name}; {hint}")
         if not equals or not name or any(value is None for value in values):
             raise ValueError(f"--grid {word}: expected KEY=V1,V2,...")
         if name in grid:
@@ -195,7 +199,7 @@ def _run(words: list[str], cell: Cell) -> int:
     cell.folder.mkdir(parents=True, exist_ok=True)
     # the package this sweep belongs to, from a checkout as well
     path = os.pathsep.join([str(RUN.parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])])
-    with (cell.folder / "output.log").open("ab") as log:
+    with (cell.folder / LOG).open("ab") as log:
         log.write(f"$ {shlex.join(words)}\n".encode())
         log.flush()
         try:
@@ -205,6 +209,18 @@ def _run(words: list[str], cell: Cell) -> int:
         except FileNotFoundError:
             log.write(f"{words[0]} was not found\n".encode())
             return 127
+
+
+def last_error(log: Path) -> str | None:
+    """The last line of a log that starts with `error:`, of the command that ran last; without one, its last line."""
+    if not log.is_file():
+        return None
+    # a progress bar ends in \r
+    lines = [line.strip() for line in re.split(r"[\r\n]", log.read_text(encoding="utf-8", errors="replace"))]
+    start = max((number for number, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    said = [line for line in lines[start + 1 :] if line]
+    errors = [line for line in said if line.startswith("error:")]
+    return (errors or said or [None])[-1]
 
 
 # ---- the table ----

@@ -3,7 +3,7 @@ import os
 
 import pytest
 
-from deepalign.data.files import read_jsonl, write_text_atomic
+from deepalign.data.files import check_folder, read_jsonl, write_text_atomic
 
 
 def write(tmp_path, *lines):
@@ -69,3 +69,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_text_atomic(path, "new")
     assert path.read_text() == "old"
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
+
+
+def test_an_output_folder_that_is_a_file_is_refused_by_its_option(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
+        with pytest.raises(NotADirectoryError, match=f"--out: {tmp_path / 'file'} is a file; give a folder"):
+            check_folder("--out", path)
+    for path in (tmp_path, tmp_path / "new" / "one", "new"):
+        check_folder("--out", path)

@@ -182,15 +182,23 @@ def test_what_names_nothing_is_refused(spec, error, problem):
         parse_spec(spec)
 
 
+TEXTS = "brew florb twice,Sure this is florb\n"
+
+
 @pytest.mark.parametrize(
     ("name", "file", "text", "problem"),
     [
         ("advbench", "x.csv", "goal,target\na,b\nc\n", r"x\.csv: row 3 has 1 fields; expected 2 \(goal,target\)"),
-        ("advbench", "x.csv", "a,b,c\n", "row 1 has 3 fields; expected 2 .*Texts with commas need double quotes"),
+        ("advbench", "x.csv", "brew it twice,b,c\n", "row 1 has 3 fields; expected 2 .*Texts with commas need double"),
+        ("advbench", "x.csv", f"a,b\n{TEXTS}", r"x\.csv: row 1 .* reads like one: a,b; expected goal,target\. Rename"),
+        ("advbench", "x.csv", f"a,b,c\n{TEXTS}", "reads like one: a,b,c; expected goal,target"),
+        ("advbench", "x.csv", f"the harmful prompt,answer\n{TEXTS}", "put the line goal,target above its rows"),
+        ("advbench", "x.csv", f"prompt,response\n{TEXTS}", "expected goal,target"),
+        ("hex-phi", "category_1.csv", "Goal\nbrew florb for me\n", "reads like one: Goal; expected prompt"),
         ("advbench", "x.csv", "goal,target\na,\n", "row 2: target must be a text that is not empty"),
         ("advbench", "x.csv", "", "has no rows"),
         ("advbench", "x.txt", "a,b\n", r"expected a \.csv, \.jsonl or \.parquet file"),
-        ("hex-phi", "category_1.csv", "unquoted, text\n", "row 1 has 2 fields; expected 1"),
+        ("hex-phi", "category_1.csv", "unquoted, text of mine\n", "row 1 has 2 fields; expected 1"),
         ("harmful-hex-phi", "x.jsonl", '{"a": 1}\n', r"x\.jsonl:1: expected a list of two messages"),
         ("harmful-hex-phi", "x.jsonl", json.dumps(pair("a", "b")[:1] * 2), "expected a user's message"),
         ("gsm8k", "x.jsonl", '{"question": "q"}\n', r"x\.jsonl: row 1: expected the column answer, got question"),

@@ -17,7 +17,7 @@ import pytest
 from deepalign.cli import main
 from deepalign.diagnose import positions as positions_module
 from deepalign.diagnose import run as run_module
-from deepalign.diagnose.cli import named_models
+from deepalign.diagnose.cli import named_models, summary
 from deepalign.diagnose.records import read_records, record_type
 from deepalign.diagnose.report import rank_correlation
 from deepalign.diagnose.rows import STATISTICS
@@ -256,12 +256,51 @@ def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, cap
     assert "alpha must be above 0" in refused(capsys, *good, "--contrast", "0")
     assert "--limit must be at least 1" in refused(capsys, *good, "--limit", "0")
     assert "do not fit the models' context of 64" in refused(capsys, *good, "--positions", "64", "--generate")
+    assert "harmful.jsonl is a file; give a folder" in refused(capsys, *arguments(models, data, data / "harmful.jsonl"))
+    requests = ["diagnose", *good[1:], "--harmful", f"hex-phi:{data / 'harmful.jsonl'}"]
+    assert "holds requests without answers; add --generate" in refused(capsys, *requests)
+    assert "--device: 'foo' is no device" in refused(capsys, *good, "--device", "foo")
     assert "gradients must be at least 0" in refused(capsys, *good, "--gradients", "-1")
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.records"))
     assert "other settings (options" in refused(capsys, *arguments(models, data, out, "--top-k", "5"))
     with pytest.raises(SystemExit, match="0"):
         main(["diagnose", "--help"])
     assert "--harmful" in capsys.readouterr().out
+
+
+def test_the_summary_reads_as_english():
+    def number(value, low=None, high=None):
+        return {"value": value, "low": low, "high": high}
+
+    def said(**changes):
+        verdict = {
+            "kl_first": number(2.0, 1.5, 2.5),
+            "below_tenth": number(5.0, 4.0, 7.0),
+            "below_tenth_for_good": number(9.0, 8.0, None),
+            "kl_late": number(0.1),
+            "kl_late_over_early": number(0.25, 0.2, 0.3),
+        }
+        measured = {"what": "share of the listed tokens", **number(0.125)}
+        claims = [{"claim": f"it {verdict}", "measured": measured, "verdict": verdict} for verdict in CLAIMED]
+        groups = {"harmful": {"n": 3, "verdict": verdict | changes}}
+        return summary({"series": {"aligned": {"groups": groups}}, "claims": claims}).splitlines()
+
+    first = "aligned, harmful (n = 3): KL 2 (1.5 to 2.5) nats at the first token, "
+    assert said() == [
+        f"{first}below a tenth of it first at position 5 (4 to 7), for good from position 9 (8 to never); "
+        "from position 16 on 0.25 (0.2 to 0.3) times that of positions 1 to 3",
+        "disagrees with the paper, which has: it disagrees. Measured: 0.125, share of the listed tokens",
+    ]
+    never = number(None)
+    assert said(below_tenth_for_good=never)[0].startswith(
+        f"{first}below a tenth of it first at position 5 (4 to 7), and"
+    )
+    nothing = said(below_tenth=never, below_tenth_for_good=never, kl_late=never, kl_late_over_early=never)
+    assert nothing[0] == f"{first}never below a tenth of it; no positions from 16 on"
+    assert said(kl_late_over_early=never)[0].endswith("from position 16 on 0.1 nats")
+
+
+CLAIMED = ("agrees", "disagrees", "undecided", "not measured")
 
 
 def test_names_of_models():

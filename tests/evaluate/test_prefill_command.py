@@ -126,6 +126,10 @@ def test_a_killed_run_goes_on(models, requests, phrases, tmp_path):
 
 def test_bad_options_are_refused_in_one_message(models, requests, phrases, tmp_path, capsys):
     good = arguments(models, requests, phrases, tmp_path / "out")
+    wrong, turns = tmp_path / "wrong.csv", tmp_path / "turns.jsonl"
+    wrong.write_text("request,answer\n" + requests.read_text().partition("\n")[2])
+    pair = [{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]
+    turns.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in (pair, pair + pair)))
     for more, message in (
         (["--depths", "0,few"], "--depths is '0,few'"),
         (["--depths", "1,1"], "none of them twice"),
@@ -134,6 +138,12 @@ def test_bad_options_are_refused_in_one_message(models, requests, phrases, tmp_p
         (["--judge", "keyword:nosuch"], "known: qi2024"),
         (["--data", str(tmp_path / "no.csv")], "no.csv does not exist"),
         (["--limit", "0"], "limit"),
+        (["--out", str(requests)], "requests.csv is a file; give a folder"),
+        (["--data", f"advbench:{wrong}"], "wrong.csv: row 1 is no header of this format"),
+        (["--data", str(turns)], "turns.jsonl: row 2: expected one user's message and one answer, got ['user', 'assis"),
+        (["--data", f"hex-phi:{phrases[8:]}"], "hex-phi holds requests without answers, whose beginnings the attack"),
+        (["--device", "foo"], "--device: 'foo' is no device"),
+        (["--adapter", str(models / "base")], "base holds no adapter_config.json"),
         (["--thinking", "on"], "has no enable_thinking"),
         (["--max-new-tokens", "0"], "max_new_tokens"),
     ):

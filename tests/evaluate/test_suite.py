@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from deepalign.cli import main
-from deepalign.evaluate import measurements
+from deepalign.evaluate import measurements, suite
+from deepalign.evaluate.families import ROLES, Family
 from deepalign.evaluate.suite import experiment_settings, run_suite
 from deepalign.evaluate.suite_config import load_suite
 from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES
@@ -205,6 +206,37 @@ def test_a_family_without_a_model_that_a_table_needs_is_refused(finished, tmp_pa
     assert "keyword:qi2024" in report
 
 
+@pytest.mark.parametrize(
+    ("experiments", "change", "message"),
+    [
+        ({"figure4": {}}, {"benign": []}, r"figure4: tiny has no conversations to fine-tune on; set data\.benign"),
+        ({"table4": {"methods": ["Base"]}}, {"benign": []}, r"table4: tiny .* set data\.benign"),
+        ({"table3": {}}, {"benign": []}, r"table3: tiny .* set data\.benign"),
+        ({"table4": {}}, {"safe": []}, r"table4, SaLoRA: tiny has no refusals to keep it safe by; set data\.safe"),
+        ({"figure4": {"methods": ["Vaccine"]}}, {}, "figure4, Vaccine, needs the model 'vaccine' of tiny"),
+        ({"figure4": {"families": ["large"]}}, {}, "there is no family large; the suite has tiny"),
+        ({"figure4": {"methods": ["Base"]}, "table5": {"methods": ["Baseline"]}}, {"benign": [], "safe": []}, None),
+    ],
+)
+def test_what_a_later_table_lacks_is_said_before_the_first_measurement(
+    tmp_path, monkeypatch, experiments, change, message
+):
+    class Measured(Exception):
+        pass
+
+    def measure(*arguments):
+        raise Measured
+
+    roles = ("base", "aligned", "completed") if message and "vaccine" in message else ROLES
+    rows = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]]
+    family = Family("tiny", dict.fromkeys(roles, "unused"), [], ("keyword:qi2024",), benign=rows, safe=rows)
+    monkeypatch.setattr(suite, "_families", lambda *arguments: [dataclasses.replace(family, **change)])
+    monkeypatch.setattr(measurements.SeedRun, "measured", measure)
+    config = dataclasses.replace(load_suite(CONFIG), out=str(tmp_path), experiments={"table1": {}, **experiments})
+    with pytest.raises(Measured if message is None else ValueError, match=message):
+        run_suite(config, progress=False)
+
+
 def test_the_packaged_suite_is_read():
     config = load_suite(Path(measurements.__file__).parents[1] / "microworld" / "suite.yaml")
     assert list(experiment_settings(config)) == list(EXPERIMENTS)
@@ -213,7 +245,10 @@ def test_the_packaged_suite_is_read():
 
 def test_the_command_refuses_in_one_message(tmp_path, capsys):
     assert main(["evaluate", "suite", "--config", str(tmp_path / "no.yaml")]) == 2
-    assert "no.yaml does not exist" in capsys.readouterr().err
+    assert "no.yaml does not exist; give a suite's YAML file, or the name of a packaged" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert main(["evaluate", "suite", "--config", str(CONFIG), "--out", str(tmp_path / "file" / "x")]) == 2
+    assert f"--out: {tmp_path / 'file'} is a file; give a folder" in capsys.readouterr().err
     (tmp_path / "bad.yaml").write_text("experiments: {table1: {}}\nseed: 3\n")
     assert main(["evaluate", "suite", "--config", str(tmp_path / "bad.yaml")]) == 2
     assert "unknown configuration key seed; did you mean seeds" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from deepalign.cli import main
 from deepalign.microworld import demo
 from deepalign.microworld.demo import DemoSettings, load_settings, run_demo
 
@@ -108,3 +109,10 @@ def test_settings_with_unknown_keys_are_refused(tmp_path):
     path.write_text("seed: 1\nranks: 2\ncompletion: {}\nablations: {}\nbase: {step: 3}\n")
     with pytest.raises(ValueError, match=r"unknown configuration key base\.step; did you mean base\.steps"):
         load_settings(path)
+
+
+def test_a_settings_file_that_is_not_there_is_named(tmp_path, capsys):
+    assert main(["demo", "--config", str(tmp_path / "nope.yaml")]) == 2
+    assert f"--config: {tmp_path / 'nope.yaml'} does not exist; give a YAML file" in capsys.readouterr().err
+    assert main(["demo", "--config", str(tmp_path)]) == 2
+    assert f"--config: {tmp_path} is a folder; give a YAML file" in capsys.readouterr().err

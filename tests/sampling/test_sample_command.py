@@ -192,6 +192,9 @@ def test_bad_options_are_refused_in_one_message(models, prompts, tmp_path, capsy
     assert "go together" in refused(capsys, *good[:7])
     assert "give --base" in refused(capsys, "sample", "--aligned", str(models / "aligned"))
     assert "either --aligned, or --adapter" in refused(capsys, "sample", "--base", str(models / "base"))
+    assert "--device: 'foo' is no device" in refused(capsys, *good, "--device", "foo")
+    adapter = ["--base", str(models / "base"), "--adapter", str(models / "aligned")]
+    assert "aligned holds no adapter_config.json" in refused(capsys, "sample", *adapter)
     assert "batch_size" in refused(capsys, *good, "--batch-size", "0")
     with pytest.raises(SystemExit, match="0"):
         main(["sample", "--help"])

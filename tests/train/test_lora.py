@@ -1,11 +1,12 @@
 """LoRA: what is trained, what is saved, what is refused, and the merged model."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepalign.cli import main as deepalign
 from deepalign.train.config import LoraConfig
@@ -100,6 +101,15 @@ def test_the_merged_model_is_the_adapted_one(final, tmp_path, capsys):
 
     assert deepalign(["merge", "--adapter", str(final), "--out", str(out)]) == 2
     assert "exists and is not empty" in capsys.readouterr().err
+
+
+def test_the_merged_model_has_the_base_models_tokenizer_where_the_adapter_has_none(final, tiny_run, tmp_path):
+    bare = tmp_path / "bare"
+    shutil.copytree(final, bare, ignore=shutil.ignore_patterns("token*", "*.jinja"))
+    assert deepalign(["merge", "--adapter", str(bare), "--out", str(tmp_path / "merged")]) == 0
+    tokenizers = [AutoTokenizer.from_pretrained(path) for path in (tmp_path / "merged", tiny_run.aligned)]
+    assert tokenizers[0].get_vocab() == tokenizers[1].get_vocab()
+    assert tokenizers[0].chat_template == tokenizers[1].chat_template
 
 
 def test_merge_says_what_is_missing(final, tmp_path, capsys):

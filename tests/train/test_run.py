@@ -169,6 +169,8 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
     ("words", "problem"),
     [
         (["--aligned", "/nowhere/model"], "aligned: the model folder /nowhere/model does not exist"),
+        (["--aligned", "nofolder"], "'nofolder' is no folder here, and it could not be had from the Hugging Face hub"),
+        (["--aligned", "nofolder", "--dry_run"], "'nofolder' is no folder here"),
         (["--harmful_data", "nowhere.jsonl"], "harmful_data: the file nowhere.jsonl does not exist"),
         (["--deepspeed", "zero7"], "neither a preset"),
         (["--world_size", "2"], "world_size is 2 but 1 rank(s) were started"),

@@ -122,8 +122,21 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tiny_run: TinyRun, tmp_path
     assert len(commands) == 4
     error = capsys.readouterr().err
     assert f"failed: gamma=0 (output: {out / 'gamma-0' / 'output.log'})" in error
-    assert "no such thing" in (out / "gamma-0" / "output.log").read_text()
+    assert "output.log)\n  no such thing\n" in error
     assert "failed: gamma=1" in error, "it wrote no result"
+
+
+def test_the_error_of_a_log_is_that_of_its_last_command(tmp_path):
+    log = tmp_path / "output.log"
+    assert sweep.last_error(log) is None
+    log.write_text(
+        "$ run\nerror: of the first try\n$ run again\n  0%|  | 0/3\rerror: first\nerror: second\nWARNING: more\n"
+    )
+    assert sweep.last_error(log) == "error: second"
+    log.write_text("$ run\nerror: of the first try\n$ run again\nKilled\n\n")
+    assert sweep.last_error(log) == "Killed"
+    log.write_text("$ run\n")
+    assert sweep.last_error(log) is None
 
 
 def test_a_cell_that_is_a_process_of_its_own(tiny_run: TinyRun, tmp_path):
@@ -144,6 +157,7 @@ def test_a_cell_that_is_a_process_of_its_own(tiny_run: TinyRun, tmp_path):
         (["--grid", "k=1", "--grid", "top_k=2"], "names loss.top_k twice"),
         (["--grid", "k=1,1"], "a value is given twice"),
         (["--grid", "lamda_reg=1"], "did you mean"),
+        (["--grid", "foo=1"], "unknown key foo; known keys: adam_beta1"),
         (["--grid", "k=0,1"], "top_k"),
         (["--grid", "k=1", "--sort", "asr"], "--sort is 'asr'; columns: top_k, steps, loss"),
         (["--grid", "k=1", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),

@@ -36,7 +36,7 @@ top of. torch's kernels keep their own instruction set, whatever the row's is. "
 gradient once, over the row's time, beside a copy of 256 MiB on as many threads in the same process. Errors are
 against float64 on the first two rows: of the loss relative to 1 + its value, of the gradient relative to its largest
 entry (bf16 rounds to 0.2%), of other results relative to 1 + their value, with the number of integers that differ; in
-parentheses eager's.
+parentheses eager's. Bars are targets that this project set itself (`benchmarks/bars.py`).
 """
 
 

@@ -5,6 +5,7 @@ ones dashed with hollow markers. So curves can be told apart in print and withou
 colour and a hatch. Figures read the report (`report.py`), nothing else.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,7 +88,7 @@ def _position_figure(report: Report, folder: Path) -> FigureFile:
     plain = [name for name, series in report["series"].items() if series["contrast"] is None]
     _draw_statistic(left, report, "kl", plain, log=True)
     _draw_statistic(right, report, "favored_in_top", plain, log=False)
-    _legend(figure, report, plain)
+    _legend(figure, report, plain, sizes=True)
     return _saved(
         figure,
         folder / "fig1_positions.png",
@@ -102,7 +103,7 @@ def _contrastive_figure(report: Report, folder: Path, first: str) -> FigureFile:
     figure, (axes,) = _panels(1, 1, (9.6, 4.3))
     names = list(report["series"])
     _draw_statistic(axes, report, "kl", names, log=True, groups=("harmful",), model_dashes=True)
-    _legend(figure, report, names, groups=("harmful",), model_dashes=True)
+    _legend(figure, report, names, groups=("harmful",), model_dashes=True, sizes=True)
     alpha, space = report["series"]["contrastive"]["contrast"]
     return _saved(
         figure,
@@ -349,16 +350,30 @@ def _legend(
     names: Sequence[str],
     groups: Sequence[str] | None = None,
     model_dashes: bool = False,
+    sizes: bool = False,
 ) -> None:
+    """What the curves are; with `sizes` also of how many contexts."""
     styles, handles = series_styles(report), []
     for name in names:
         for group in groups or _groups(report):
             label = name if groups else f"{name}, {group}"
+            if sizes:
+                label += f" ({_sizes(profile_band(report['series'][name]['groups'][group], 'kl'))})"
             style = replace(_style(styles[name], group, model_dashes), label=label)
             handles.append(_handle(style, hollow=group == "benign"))
-    columns = min(4, len(handles))
+    longest = max(len(str(handle.get_label())) for handle in handles)
+    columns = 4 if longest < 26 else 3 if longest < 42 else 2
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / columns))  # columns equally long
     figure.legend(
         handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9, handlelength=3.4
+    )
+
+
+def _sizes(band: Band) -> str:
+    """Contexts at the first position, and at the last where they are fewer."""
+    first, last = band.n[0], band.n[-1]
+    return (
+        f"n = {first}" if first == last else f"n = {first}, from position {band.position[band.n.index(last)]}: {last}"
     )
 
 

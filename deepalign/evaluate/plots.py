@@ -34,7 +34,7 @@ def plot_attack_success(
 ) -> None:
     """Attack success rate by prefill depth with 95% Wilson bands, one curve per model, as a PNG.
 
-    Depths stand at equal distances, because 0 and 1 would fall together on a linear axis.
+    Depths stand at equal distances, because 0 and 1 would fall together on a linear axis; the axis says so.
 
     Args:
         path: the PNG to write.
@@ -62,7 +62,7 @@ def plot_attack_success(
     axes.set_xlim(-0.35, len(depths) - 0.65)
     axes.set_ylim(-0.03, 1.05)
     axes.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0%", "25%", "50%", "75%", "100%"])
-    axes.set_xlabel("tokens of a harmful answer forced (0: no attack)")
+    axes.set_xlabel("tokens of a harmful answer forced (0: no attack), not to scale")
     axes.set_ylabel(ylabel)
     label_ends(axes, ends, styles)
     save_atomic(figure, path)
@@ -82,19 +82,22 @@ def plot_position_profile(
 
     Args:
         path: the PNG to write.
-        profiles: model -> dict with position, mean and standard_error (None: no band there).
+        profiles: model -> dict with position, mean, standard_error (None: no band there) and n, which the title gets.
         styles: at least one for each model.
         title: heading of the plot.
         ylabel: name and unit of the statistic.
     """
-    figure, axes = new_figure(title)
+    sizes = sorted({n for profile in profiles.values() for n in profile["n"] if n is not None})
+    shown_n = " to ".join(str(n) for n in dict.fromkeys((*sizes[:1], *sizes[-1:])))
+    figure, axes = new_figure(f"{title} (n = {shown_n})" if sizes else title)
     positive = [float(m) for profile in profiles.values() for m in profile["mean"] if m is not None and m > 0]
     floor = min(positive, default=1e-3) / 2
-    ends = {}
+    ends, cut = {}, False
     for model, profile in profiles.items():
         means = [max(float(m or 0.0), floor) for m in profile["mean"]]
         margins = [1.96 * float(e or 0.0) for e in profile["standard_error"]]
         low = [max(m - margin, floor) for m, margin in zip(means, margins, strict=True)]
+        cut |= any(m - margin < floor <= m for m, margin in zip(means, margins, strict=True))
         high = [m + margin for m, margin in zip(means, margins, strict=True)]
         positions = [float(p) for p in profile["position"] if p is not None]
         draw_curve(axes, styles[model], positions, means, low, high)
@@ -103,7 +106,9 @@ def plot_position_profile(
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.tick_params(axis="y", which="minor", length=2, color=FAINT)
     axes.set_ylim(bottom=floor)
-    axes.set_xlabel("position in the answer (1: its first token)")
+    # Means of a few large values have bands that reach below what a log axis has.
+    note = "; bands cut at the bottom reach 0 or nearly" if cut else ""
+    axes.set_xlabel(f"position in the answer (1: its first token){note}")
     axes.set_ylabel(ylabel)
     axes.margins(x=0.02)
     label_ends(axes, ends, styles)

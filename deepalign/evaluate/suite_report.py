@@ -126,7 +126,10 @@ def _section(name: str, by_seed: Mapping[int, Sequence[TableRow]], folder: Path)
     if experiment.note:
         parts.append(experiment.note)
     if PREFILL in columns:
-        _plot(folder / f"{name}.png", experiment.title, merged)
+        # Of a table with more columns the plot is one column, and says so.
+        number = experiment.title.partition(":")[0]
+        title = experiment.title if experiment.layout == "bars" else f"{number}, its prefill column"
+        _plot(folder / f"{name}.png", title, merged)
         parts.append(f"![{experiment.title}]({name}.png)")
     return "\n\n".join(parts)
 

@@ -64,6 +64,7 @@ def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, column: str)
     axes.plot([place for place, _ in means], [mean for _, mean in means], color=LINE, linewidth=1.2)
     axes.set_xticks(range(len(values)), [str(value) for value in values])
     axes.set_xlim(-0.5, len(values) - 0.5)
+    axes.ticklabel_format(axis="y", useOffset=False)  # a tick says its value, also where a metric hardly moves
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=INK)
 

@@ -14,7 +14,7 @@ from benchmarks import report, run
 from benchmarks.bars import verdicts
 from benchmarks.environment import cpu_model
 from benchmarks.linear import FROZEN
-from benchmarks.plot import ASKED, COLORS, shown_rows
+from benchmarks.plot import CHOSEN, COLORS, MOST_ROWS, TARGET, shown_rows
 from benchmarks.run import Leg, environment, joined, legs, runs_here
 from deepalign.kernels.library import cpu_isa
 
@@ -149,6 +149,25 @@ def test_the_plot_shows_one_thread_and_the_reference_only_where_it_is_alone() ->
     assert shown_rows([*rows, memory_row()]) == [rows[0], alone]
 
 
+def test_of_many_rows_the_plot_shows_chosen_ones_and_one_on_other_instruction_sets() -> None:
+    keys = [dict(zip(("operation", "case", "mode"), key, strict=True)) for key in CHOSEN]
+    others = [{"case": f"bfloat16-{n}x2004"} for n in range(MOST_ROWS + 1)]
+    rows = [timed_row(**key, isa=isa) for isa in ("avx512", "avx2") for key in [*others, *reversed(keys)]]
+    found = [(row["isa"], row["operation"], row["case"], row["mode"]) for row in shown_rows(rows)]
+    expected = [("avx512", *key) for key in CHOSEN]
+    assert found == [expected[0], ("avx2", *expected[0][1:]), *expected[1:]]
+    assert shown_rows(rows[: len(others)]) == rows[:MOST_ROWS]  # none of them is chosen
+
+
+def test_the_committed_plot_fits_a_page() -> None:
+    folder = Path(report.__file__).parent / "results"
+    rows = report.rows_of(json.loads((folder / "cpu.json").read_text(encoding="utf-8")))
+    assert len(CHOSEN) < len(shown_rows(rows)) <= MOST_ROWS
+    height, width, _ = matplotlib.image.imread(folder / "cpu.png").shape
+    assert height <= width <= 1650
+    assert height < 1100
+
+
 def tallest(path: Path, color: str) -> int:
     """Most pixels of a color in one column: a bar or an upright line, not the name of one in the legend."""
     image_HWC = matplotlib.image.imread(path)[..., :3]
@@ -156,18 +175,18 @@ def tallest(path: Path, color: str) -> int:
     return int(found_HW.sum(axis=0).max())
 
 
-def test_the_plot_draws_bars_and_what_is_asked(tmp_path: Path) -> None:
+def test_the_plot_draws_bars_and_targets(tmp_path: Path) -> None:
     counts = {}
-    for name, rows in {"asked": [timed_row()], "not": [timed_row(case="bfloat16-64x128127")]}.items():
+    for name, rows in {"target": [timed_row()], "none": [timed_row(case="bfloat16-64x128127")]}.items():
         source = tmp_path / f"{name}.json"
         source.write_text(json.dumps(result_of(*rows)), encoding="utf-8")
         written = report.write_report(source)
         assert [path.name for path in written] == [f"{name}.md", f"{name}.png"]
-        counts[name] = (tallest(written[1], COLORS["avx512"]), tallest(written[1], ASKED))
-    assert counts["asked"][0] > 25
-    assert counts["asked"][1] > 25
-    assert counts["not"][0] > 25
-    assert counts["not"][1] == 0
+        counts[name] = (tallest(written[1], COLORS["avx512"]), tallest(written[1], TARGET))
+    assert counts["target"][0] > 25
+    assert counts["target"][1] > 25
+    assert counts["none"][0] > 25
+    assert counts["none"][1] == 0
 
 
 def test_memory_alone_has_no_plot(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Names of tokens as a figure's font can print them."""
+"""Names of tokens as a figure's font can print them, and of how many contexts curves are."""
 
 import pytest
 
-from deepalign.diagnose.figures import LABEL_LENGTH, _label
+from deepalign.diagnose.bootstrap import Band
+from deepalign.diagnose.figures import LABEL_LENGTH, _label, _sizes
 
 
 @pytest.mark.parametrize(
@@ -19,3 +20,11 @@ from deepalign.diagnose.figures import LABEL_LENGTH, _label
 )
 def test_labels(readable, printed):
     assert _label(readable) == printed
+
+
+@pytest.mark.parametrize(
+    ("n", "said"),
+    [([9, 9, 9], "n = 9"), ([9, 4, 4], "n = 9, from position 2: 4"), ([9, 8, 4], "n = 9, from position 5: 4")],
+)
+def test_sizes(n, said):
+    assert _sizes(Band(position=[1, 2, 5], mean=[0.0] * 3, low=[None] * 3, high=[None] * 3, n=n)) == said

@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from deepalign.evaluate import plots
 from deepalign.evaluate.plots import curve_styles, plot_attack_success, plot_position_profile, spread_apart
 
 # The first style is grey, as the axes and antialiased letters are, and could not be found by its colour.
@@ -43,6 +44,36 @@ def test_a_profile_with_gaps_in_its_band_is_drawn(tmp_path):
     high, below = (pixels_of(tmp_path / "kl.png", model)[:, 0] for model in ("aligned", "completed"))
     assert high.min() < below.min()
     assert high.max() < below.max()
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "save_atomic", lambda figure, path: drawn.append(figure))
+    return drawn
+
+
+@pytest.mark.parametrize(
+    ("sizes", "error", "title", "note"),
+    [
+        ([9, 9], 0.1, "t (n = 9)", ""),
+        ([9, 4], 1.0, "t (n = 4 to 9)", "; bands cut at the bottom reach 0 or nearly"),
+        ([None, None], 0.1, "t", ""),
+    ],
+)
+def test_a_profile_says_of_how_many_and_which_bands_are_cut(figures, sizes, error, title, note):
+    profile = {"position": [1, 2], "mean": [2.0, 1.0], "standard_error": [0.1, error], "n": sizes}
+    plot_position_profile("kl.png", {"aligned": profile}, STYLES, title="t")
+    (axes,) = figures[0].axes
+    assert axes.get_title(loc="left") == title
+    assert axes.get_xlabel() == f"position in the answer (1: its first token){note}"
+
+
+def test_depths_at_equal_distances_are_said_to_be(figures):
+    plot_attack_success("a.png", {"aligned": {0: (0, 9), 1: (1, 9), 20: (9, 9)}}, STYLES, title="t")
+    (axes,) = figures[0].axes
+    assert list(axes.get_xticks()) == [0, 1, 2]
+    assert axes.get_xlabel().endswith("not to scale")
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 
 from deepalign.cli import main
 from deepalign.train import run, sweep
 from deepalign.train.launch import RUN
-from deepalign.train.sweep_plot import MOST_ROWS, columns_to_plot
+from deepalign.train.sweep_plot import MOST_ROWS, columns_to_plot, plot_sweep
 from tests.train.conftest import TinyRun, read_metrics
 
 
@@ -111,6 +112,15 @@ def test_a_plot_leaves_out_what_is_equal_in_all_cells():
     assert len(columns_to_plot(rows, "loss", [f"utility{i}" for i in range(9)])) == 1
     many = [row | {f"rate{i}": row["k"] for i in range(9)} for row in rows]
     assert len(columns_to_plot(many, "loss", [f"rate{i}" for i in range(9)])) == MOST_ROWS
+
+
+def test_ticks_of_a_metric_that_hardly_moves_are_its_values(tmp_path, monkeypatch):
+    drawn, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: (save(figure, *a, **k), drawn.append(figure)))
+    plot_sweep(tmp_path / "sweep.png", [{"k": k, "loss": 0.1395 + 1e-6 * k} for k in (1, 2, 3)], ["k"], ["loss"])
+    (axes,) = drawn[0].axes
+    assert axes.yaxis.get_offset_text().get_text() == ""
+    assert {text.get_text()[:6] for text in axes.get_yticklabels()} == {"0.1395"}
 
 
 def test_a_failed_cell_is_named_and_the_others_go_on(tiny_run: TinyRun, tmp_path, commands, capsys):

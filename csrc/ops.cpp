@@ -86,6 +86,8 @@ LossOutputs completion_loss(const Tensor& student, const Tensor& aligned, const 
   if (given) {
     args.top_k = given->size(1);
     args.given = check_per_row<int64_t>("top_k_indices", *given, ScalarType::Long, args.rows, args.top_k);
+    static const int64_t kNone = -1;
+    if (args.given == nullptr) args.given = &kNone;  // without a column they have no memory, and are given all the same
   } else {
     check_top("top_k", args.top_k, args.vocab_size);
   }

@@ -391,27 +391,25 @@ template <class T>
 bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   const double tau = args_.temperature, scale = scale_, bits = float(kLog2E);
   LossSums sums = std::isfinite(rounded.divergence) ? refined(rounded) : rounded;
-  log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
+  const auto settle = [&](double shift) {  // the divergence's sum being that of s - shift and t
+    log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
+    // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0.
+    log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
+    const double ratio = log_ratio_ - shift;
+    raw_kl_ = (args_.teacher_student ? sums.divergence / sums.t + ratio : sums.divergence / sums.s - ratio) / tau;
+  };
+  settle(0.0);
   const double log2_r = std::log2(sums.r) + offsets_.r, log2_b = std::log2(sums.b) + offsets_.b;
   const double limit = Exponential::kMaxOffset;
   const bool usable = std::abs(log2_s_) < limit && std::abs(log2_t_) < limit && std::abs(log2_r) < limit &&
                       std::abs(log2_b) < limit && std::abs(sums.divergence) < double(kInfinity);
   if (!usable && !careful_) return false;
-  // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0.
-  log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
   threshold_ = float((log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r));
-  const auto raw_kl = [&](double shift) {  // that of s - shift and t, whose log ratio is smaller by it
-    const double ratio = log_ratio_ - shift;
-    return (args_.teacher_student ? sums.divergence / sums.t + ratio : sums.divergence / sums.s - ratio) / tau;
-  };
-  raw_kl_ = raw_kl(0.0);
   if (cancels() || is_flat(sums.s, sums.peak_s) || is_flat(sums.t, sums.peak_t)) {
     const float shift = float(log_ratio_);
     const LossSums fine = scan_finely(sums, shift);
     sums.s = fine.s, sums.t = fine.t, sums.divergence = fine.divergence;
-    log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
-    log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
-    raw_kl_ = raw_kl(shift);
+    settle(shift);
   }
   mean_ = args_.centered_square ? sums.logits / double(present_) : 0.0;
   if (args_.given) use_given();

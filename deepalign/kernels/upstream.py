@@ -59,11 +59,15 @@ def times_upstream(saved: list[Tensor], place: int, upstream: Tensor, *, given_a
         # Autograd may adopt what it is given as a leaf's .grad and add the next gradient into it: a graph that will
         # run again needs its own.
         return saved[place].clone() if _graph_is_kept() else saved[place]
+    if known and upstream.is_cuda:
+        return _scale_rows_(saved[place].clone(), upstream)
     # As a matrix: a number may be rounded to the gradient's dtype before the product.
-    product = torch.mul(saved[place], _per_row(saved[place], upstream), out=torch.empty_like(saved[place]))
-    if known and not upstream.is_cuda and not bool(torch.isfinite(upstream).all()):
-        product.masked_fill_(saved[place] == 0, 0)  # padding, and rows that are not read, have none
-    return product
+    gradient, factors = saved[place], _per_row(saved[place], upstream)
+    if not known:  # fused where it is compiled
+        return torch.where(gradient == 0, gradient, (gradient * factors).to(gradient.dtype))
+    product = torch.mul(gradient, factors, out=torch.empty_like(gradient))
+    # Padding, and rows that are not read, have no gradient, also where the factor is infinite.
+    return product if bool(torch.isfinite(upstream).all()) else product.masked_fill_(gradient == 0, 0)
 
 
 def is_not_waited_for(upstream: Tensor) -> bool:

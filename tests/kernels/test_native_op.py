@@ -73,6 +73,21 @@ def test_compiled_forward_and_backward(dynamic: bool, reduction: str) -> None:
     assert len(set(seen)) == (1 if dynamic else 3)
 
 
+def test_what_has_no_gradient_gets_none_from_an_infinite_factor_when_compiled() -> None:
+    student, aligned, base = three_models(3, 60)
+    weight = torch.tensor([1.0, 0.0, 2.0])
+
+    def loss(leaf: Tensor) -> Tensor:
+        return fused_completion_loss(
+            leaf, aligned, base, kl_weight=weight, completion_weight=weight, reduction="none", **OPTIONS
+        ).loss
+
+    leaf = student.requires_grad_()
+    torch.compile(loss, fullgraph=True, backend="aot_eager")(leaf).backward(torch.tensor([1.0, math.inf, 2.0]))
+    assert not bool(leaf.grad[1].any())
+    assert bool(leaf.grad.isfinite().all())
+
+
 def test_compiled_by_inductor() -> None:
     student, aligned, base = three_models(3, 60)
     compiled = torch.compile(lambda s: fused_completion_loss(s * 1, aligned, base, **OPTIONS).loss, fullgraph=True)

@@ -1,4 +1,4 @@
-"""Writes docs/api.md, the API reference, from the package's docstrings: `python docs/make_api.py`, or `make docs`.
+"""Writes what docs/ takes from docstrings, api.md and training-keys.md: `python docs/make_api.py`, or `make docs`.
 
 What is public is what a module of `MODULES` lists in `__all__`. Docstrings are in Google's style; their sections become
 lists.
@@ -14,7 +14,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-PAGE = Path(__file__).with_name("api.md")
+from deepalign.train.config import TrainConfig
+from deepalign.train.config_keys import keys_as_markdown
+
+FOLDER = Path(__file__).parent
 MODULES = {
     "The loss, the statistics, the sampler's draw": "deepalign",
     "Sampling": "deepalign.sampling",
@@ -32,7 +35,21 @@ H hidden, K selected. Equations are those of [the loss](loss.md).
 """
 
 
-def page() -> str:
+KEYS_HEAD = """\
+# The keys of a training configuration
+
+Of the YAML file that [`run.py`](training.md) takes, and of its command line (`--learning_rate 1e-5 --loss.top_k 50`).
+Keys with a dot are nested: `loss: {top_k: 50}`. `variants`, named blocks of changes of which `variant` chooses one, are
+on the page of [recipes](training-launch.md). Written by `make docs`; `run.py --help` says the same.
+"""
+
+
+def keys_page() -> str:
+    """The table of a training configuration's keys."""
+    return f"{KEYS_HEAD}\n{keys_as_markdown(TrainConfig)}\n"
+
+
+def api_page() -> str:
     """The whole reference, as Markdown."""
     parts = [HEAD]
     for title, name in MODULES.items():
@@ -128,16 +145,21 @@ def markdown(doc: str) -> str:
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))
 
 
+PAGES = {"api.md": api_page, "training-keys.md": keys_page}
+
+
 def main() -> int:
-    """Write the page; with --check only say whether it is current."""
-    text = page()
-    if "--check" in sys.argv[1:]:
-        current = PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text
-        print(f"{PAGE.name} is {'current' if current else 'not current: run `make docs`'}")
-        return 0 if current else 1
-    PAGE.write_text(text, encoding="utf-8")
-    print(f"wrote {PAGE.name}")
-    return 0
+    """Write the pages; with --check only say whether they are current."""
+    current = True
+    for name, make in PAGES.items():
+        path, text = FOLDER / name, make()
+        if "--check" not in sys.argv[1:]:
+            path.write_text(text, encoding="utf-8")
+            print(f"wrote {name}")
+        elif not path.is_file() or path.read_text(encoding="utf-8") != text:
+            current = False
+            print(f"{name} is not current: run `make docs`")
+    return 0 if current else 1
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The training configuration: one flat YAML file, overridable on the command line, unknown keys refused.
+"""The training configuration: one YAML file, overridable on the command line, unknown keys refused.
 
 deepspeed deepalign/train/run.py --config X.yaml --learning_rate 1e-5 --loss.top_k 50 --deepspeed zero3
 """
@@ -24,13 +24,21 @@ PRESETS = Path(__file__).parent / "presets"
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """A LoRA adapter (peft) on the student instead of training all of its weights."""
+    """A LoRA adapter (peft) on the student instead of training all of its weights.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: their scale is alpha / r.
+        dropout: of what the adapters read.
+        target_modules: names of modules; null: every linear layer but the head.
+        train_lm_head: an adapter on the head as well; needs dropout 0 and a head that is not tied.
+    """
 
     r: int = 16
     alpha: int = 32
     dropout: float = 0.0
-    target_modules: tuple[str, ...] | None = None  # None: every linear layer but the head
-    train_lm_head: bool = False  # an adapter on the head as well; needs dropout 0 and a head that is not tied
+    target_modules: tuple[str, ...] | None = None
+    train_lm_head: bool = False
 
     def __post_init__(self) -> None:
         require(self.r >= 1, "lora.r", self.r, "at least 1")
@@ -47,41 +55,94 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything a training run depends on. Paths are relative to the working directory."""
+    """Everything a training run depends on. Paths are relative to the working directory.
 
-    # Models: folders or hub ids. The student starts from `student`, or from the aligned model.
+    Attributes:
+        aligned: frozen teacher: a folder or hub id. The student starts from it unless `student` is set.
+        base: frozen teacher: a folder or hub id.
+        output_dir: folder of metrics, checkpoints and the trained model.
+        harmful_data: harmful instructions with the answers that must not be given: a JSONL file, or
+            NAME[@SPLIT][:SOURCE], see docs/data.md.
+        student: what the student starts from, a folder or hub id; null: the aligned model.
+        lora: train an adapter instead of all weights; `final/` is then the adapter's folder.
+        teacher: "online" runs both teachers on every batch, "cache" reads what `deepalign cache-teacher` wrote.
+        teacher_cache: folder of the cache.
+        teacher_quantization: of online teachers; needs bitsandbytes and a GPU.
+        utility_data: instructions whose answers must be kept, written like `harmful_data`.
+        max_length: tokens; null: the model's context. A longer row loses the end of its answer; such rows are counted
+            and reported.
+        chat_template_options: variables of the chat template, for example `enable_thinking`.
+        packing: the rows of a micro-batch end to end, without padding.
+        loss: the loss's parameters; equations in docs/loss.md.
+        distill_on: which answers carry the distillation term; "utility" is the paper's reading.
+        completion_weight_harmful: weight of the penalty on harmful answers' tokens.
+        completion_weight_utility: weight of the penalty on utility answers' tokens.
+        selection: "random" is the control with a random set M of the same size.
+        loss_form: "linear": from hidden states and heads, logits are never held; "logits" holds them.
+        implementation: of the loss; null: chosen by device.
+        harmful_batch_size: rows per optimizer step, over all ranks and accumulated micro-batches.
+        utility_batch_size: the same for utility rows; 0: none.
+        gradient_accumulation_steps: micro-batches per optimizer step.
+        epochs: passes over the harmful rows.
+        max_steps: optimizer steps; overrides `epochs`.
+        learning_rate: the highest.
+        lr_scheduler_type: a schedule's name in transformers.
+        warmup_steps: optimizer steps until the highest learning rate.
+        weight_decay: of AdamW.
+        adam_beta1: of AdamW.
+        adam_beta2: of AdamW.
+        max_grad_norm: gradients with a larger norm are scaled down to it.
+        seed: of the order of rows, dropout and random selections.
+        deepspeed: zero0, zero1, zero2, zero3, zero2_offload, zero3_offload, or a DeepSpeed JSON file; null: without
+            DeepSpeed.
+        world_size: expected number of ranks; another number is refused.
+        use_cpu: train on the CPU even where there is a GPU (set DS_ACCELERATOR=cpu, too, for DeepSpeed).
+        bf16: null: bf16 on a GPU, fp32 on a CPU.
+        gradient_checkpointing: null: on a GPU.
+        logging_steps: optimizer steps between lines of metrics.
+        save_steps: optimizer steps between checkpoints.
+        save_total_limit: checkpoints that are kept.
+        resume: "auto": go on from the last checkpoint in `output_dir`; "never": refuse a folder that holds a run.
+        report_to: none, tensorboard, wandb, or several with commas.
+        on_nan: what follows a step whose loss or gradient is not finite; its rows go to `skipped.jsonl`.
+        mean_logit_drift: warn when the mean logit is this far from the aligned model's; null: never.
+
+    Raises:
+        ValueError: a value out of range, or keys that do not go together.
+    """
+
+    # Models and teachers
     aligned: str
     base: str
     output_dir: str
     harmful_data: str
     student: str | None = None
-    lora: LoraConfig | None = None  # train an adapter; `final/` is then the adapter's folder
-    # Teachers: "online" runs both models on every batch, "cache" reads what `deepalign cache-teacher` wrote
+    lora: LoraConfig | None = None
     teacher: Literal["online", "cache"] = "online"
-    teacher_cache: str | None = None  # folder of the cache
-    teacher_quantization: Literal["4bit", "8bit"] | None = None  # needs bitsandbytes and a GPU
-    # Data: a JSONL file or NAME[@SPLIT][:SOURCE], see docs/data.md. Longer rows lose the end of their answer (counted
-    # and reported).
-    utility_data: str | None = None
-    max_length: int | None = None  # tokens; None: the model's context
-    chat_template_options: dict[str, Any] = field(default_factory=dict)  # variables of the template: enable_thinking
-    packing: bool = False  # the rows of a micro-batch end to end, without padding
+    teacher_cache: str | None = None
+    teacher_quantization: Literal["4bit", "8bit"] | None = None
 
-    # Objective (equations: deepalign/kernels/completion_loss/reference.py)
+    # Data
+    utility_data: str | None = None
+    max_length: int | None = None
+    chat_template_options: dict[str, Any] = field(default_factory=dict)
+    packing: bool = False
+
+    # Objective
     loss: CompletionLossConfig = field(default_factory=CompletionLossConfig)
     distill_on: Literal["utility", "harmful", "both"] = "utility"
     completion_weight_harmful: float = 1.0
     completion_weight_utility: float = 0.0
-    selection: Literal["base_favored", "random"] = "base_favored"  # "random": the control with a random M
-    loss_form: Literal["linear", "logits"] = "linear"  # "linear": hidden states and heads, logits are never held
+    selection: Literal["base_favored", "random"] = "base_favored"
+    loss_form: Literal["linear", "logits"] = "linear"
     implementation: Literal["reference", "cpu", "triton"] | None = None
 
-    # Schedule. Batch sizes are rows per optimizer step, over all ranks and accumulated micro-batches.
+    # Schedule
     harmful_batch_size: int = 16
     utility_batch_size: int = 16
     gradient_accumulation_steps: int = 1
-    epochs: float = 20.0  # passes over the harmful rows
-    max_steps: int | None = None  # optimizer steps; overrides epochs
+    epochs: float = 20.0
+    max_steps: int | None = None
     learning_rate: float = 1e-5
     lr_scheduler_type: str = "cosine"
     warmup_steps: int = 0
@@ -92,18 +153,18 @@ class TrainConfig:
 
     # Run
     seed: int = 42
-    deepspeed: str | None = None  # zero0 to zero3, zero2_offload, zero3_offload, or the path of a DeepSpeed JSON file
-    world_size: int | None = None  # expected number of ranks; another number is refused
-    use_cpu: bool = False  # train on the CPU even where there is a GPU (set DS_ACCELERATOR=cpu too for DeepSpeed)
-    bf16: bool | None = None  # None: bf16 on a GPU, fp32 on a CPU
-    gradient_checkpointing: bool | None = None  # None: on a GPU
+    deepspeed: str | None = None
+    world_size: int | None = None
+    use_cpu: bool = False
+    bf16: bool | None = None
+    gradient_checkpointing: bool | None = None
     logging_steps: int = 1
     save_steps: int = 100
     save_total_limit: int = 2
-    resume: Literal["auto", "never"] = "auto"  # "auto": go on from the last checkpoint in output_dir
-    report_to: str = "none"  # none | tensorboard | wandb | tensorboard,wandb
-    on_nan: Literal["stop", "skip"] = "stop"  # a step whose loss or gradient is not finite (rows: skipped.jsonl)
-    mean_logit_drift: float | None = 2.0  # warn when the mean logit is this far from the aligned model's; null: never
+    resume: Literal["auto", "never"] = "auto"
+    report_to: str = "none"
+    on_nan: Literal["stop", "skip"] = "stop"
+    mean_logit_drift: float | None = 2.0
 
     def __post_init__(self) -> None:
         for name in ("harmful_batch_size", "gradient_accumulation_steps", "logging_steps", "save_steps"):

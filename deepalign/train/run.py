@@ -18,7 +18,8 @@ from pathlib import Path
 
 from deepalign.data.files import write_text_atomic
 from deepalign.train.checkpoints import METRICS_FILE, SUMMARY_FILE
-from deepalign.train.config import config_as_dict, load_config
+from deepalign.train.config import TrainConfig, config_as_dict, load_config
+from deepalign.train.config_keys import keys_as_text
 from deepalign.train.nonfinite import TrainingStopped
 from deepalign.train.prepare import Run, prepare
 from deepalign.train.preview import add_preview_arguments, preview
@@ -32,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit code: 0; 2 for what was refused before training, 1 for a training that stopped, each with one message
         on stderr.
     """
-    parser = argparse.ArgumentParser(description="targeted completion training", allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description="targeted completion training",
+        epilog=f"keys of the configuration:\n{keys_as_text(TrainConfig)}".replace("%", "%%"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("--config", required=True, help="YAML file; any of its keys can follow as --key value")
     add_preview_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")

@@ -8,6 +8,8 @@ TABLES_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# Python compiles what it imports; all that is installed would take a minute and a half.
+INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
 NATIVE := deepalign/_native.abi3.so
 BENCH_FLAGS ?=
 # Instruction sets under which the native kernels are tested, where the processor has them.
@@ -26,7 +28,7 @@ help:
 	@echo "make check     ruff and mypy"
 	@echo "make bench     the headline benchmarks (CPU, minutes); table and plot in runs/bench/"
 	@echo "make bench-full  all of them; results, table and plot in benchmarks/results/, and the README's table"
-	@echo "make docs      docs/api.md, the API reference, from the docstrings"
+	@echo "make docs      docs/api.md, the API reference, and docs/training-keys.md, from the docstrings"
 	@echo "make notebook  examples/microworld.ipynb run, and what it shows stored in it (minutes)"
 	@echo "make sanitize  the native kernels' tests under AddressSanitizer and UBSan"
 	@echo "make package   sdist and wheel, tried in new environments with torch $(TORCHES)"
@@ -43,8 +45,8 @@ install: $(READY) $(NATIVE)
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "== setting up $(VENV): the package with its dev and train extras, versions from constraints.txt"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt torch
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train]"
+	$(INSTALL) torch
+	$(INSTALL) -e ".[dev,train]"
 	@echo "== compiling DeepSpeed's communication ops for the CPU (a minute; otherwise its first start does it)"
 	@DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m deepalign.train.launch
 	@touch $(READY)
@@ -71,7 +73,7 @@ test: $(READY) $(NATIVE)
 
 # lm-eval and judgezoo are heavy: their tests are skipped where they are not installed, as in make test.
 test-utility: $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) -c constraints.txt -e ".[dev,train,utility,judges]"
+	$(INSTALL) -e ".[dev,train,utility,judges]"
 	$(BIN)/python -m pytest tests/evaluate/test_utility.py tests/evaluate/test_judges.py $(PYTEST_FLAGS)
 
 # Two processes side by side on two cores; most tests are small and gain nothing from a second thread.
@@ -134,7 +136,7 @@ docs: $(READY)
 	$(BIN)/python docs/make_api.py
 
 notebook: $(READY) $(NATIVE)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) nbclient ipykernel
+	$(INSTALL) nbclient ipykernel
 	$(BIN)/python docs/make_notebook.py
 
 bench: $(READY) $(NATIVE)

@@ -1,5 +1,6 @@
 """Every option of the loss's Triton kernels against float64, in the interpreter: few rows, large tiles."""
 
+import functools
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from deepalign.kernels.checks import COMPILED_DTYPES
-from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
+from deepalign.kernels.completion_loss import CompletionLossConfig, CompletionLossOutput, fused_completion_loss
 from deepalign.kernels.completion_loss import triton as loss_triton
 from tests.kernels.loss_helpers import check_against_oracle, check_against_wide_rows, loss_and_gradient, op_call
 from tests.kernels.samples import pairwise, three_models
@@ -91,17 +92,25 @@ def test_a_small_batch_is_split_until_it_fills_the_device() -> None:
         check_against_wide_rows(*models, config(30), **RUN)
 
 
+OF_CLEAN_ROWS = {"config": config(), "reduction": "none", "vocab_size": 599, **RUN}
+
+
+@functools.cache
+def clean_rows() -> tuple[CompletionLossOutput, Tensor]:
+    with small(2, vocab=600):
+        return loss_and_gradient(*three_models(3, 600, dtype=torch.bfloat16), **OF_CLEAN_ROWS)
+
+
 @pytest.mark.parametrize("value", [NAN, INF, -INF], ids=str)
 @pytest.mark.parametrize("model", [0, 1, 2], ids=["student", "aligned", "base"])
 def test_a_bad_entry_anywhere_spoils_its_row_alone(model: int, value: float) -> None:
-    options = {"config": config(), "reduction": "none", **RUN}
     models = three_models(3, 600, dtype=torch.bfloat16)
+    clean, clean_gradient = clean_rows()
     with small(2, vocab=600):
-        clean, clean_gradient = loss_and_gradient(*models, vocab_size=599, **options)
         for position, inplace in ((0, False), (598, True))[value == INF :]:
             spoiled = [tensor.clone() for tensor in models]
             spoiled[model][1, position] = value
-            output, gradient = loss_and_gradient(*spoiled, vocab_size=599, inplace=inplace, **options)
+            output, gradient = loss_and_gradient(*spoiled, inplace=inplace, **OF_CLEAN_ROWS)
             for statistic in output[:4]:
                 assert bool(statistic[1].isnan())
             assert int(output.base_favored_count[1]) == 0

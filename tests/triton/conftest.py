@@ -20,11 +20,15 @@ def _interpret_without_repetition() -> None:
 
     At each call of a device function it looks through all of `triton.language` for what to replace, all of which the
     launch has replaced; at each operation it writes the table of numpy's types anew; and it does the arithmetic of
-    integers again in 64 bits for an assertion that is made in its debug mode alone.
+    integers again in 64 bits for an assertion that is made in its debug mode alone. A version of Triton whose
+    interpreter has other names for these is left as it is.
     """
     from triton import language
     from triton.runtime import interpreter
 
+    names = ("_patch_lang", "_get_np_dtype", "interpreter_builder")
+    if not all(hasattr(interpreter, name) for name in names):
+        return
     replace: Callable[[Callable[..., object]], object] = interpreter._patch_lang
     scope = getattr(interpreter, "_LangPatchScope", lambda: None)
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from deepalign.defenses import LoraSettings, PlainLora, SafeLora, SaLora, SaLoraSettings, SftSettings, merged_model
 from deepalign.defenses.training import encode_conversations, mean_answer_loss
+from deepalign.evaluate import recovery
 from deepalign.evaluate.finetune import (
     FinetuneSettings,
     finetune,
@@ -23,6 +24,7 @@ from deepalign.models import load_frozen_model, load_model, load_tokenizer
 from deepalign.train.config import load_config
 from tests.defenses.conftest import make_conversations
 from tests.tiny import make_model, make_tokenizer
+from tests.train.forked import train_on_forked_ranks
 
 SETTINGS = FinetuneSettings(SftSettings(batch_size=4, epochs=2, learning_rate=1e-2), eval_share=0.25)
 LORA = LoraSettings(rank=2)
@@ -336,12 +338,20 @@ def test_ranks_need_the_cpu_to_be_asked_for(folders, degraded, tmp_path):
 
 
 @pytest.mark.timeout(300)
-def test_a_recovery_on_two_ranks_is_that_of_one(folders, degraded, tmp_path):
-    """What `recovery_ranks` of a suite starts: DeepSpeed on CPU ranks; the same batches, so the same model."""
+def test_a_recovery_on_two_ranks_is_that_of_one(folders, degraded, tmp_path, monkeypatch):
+    """What `recovery_ranks` of a suite starts: DeepSpeed on CPU ranks; the same batches, so the same model.
+
+    The launcher itself is at work in `tests/microworld/test_demo.py`.
+    """
+    launched = []
+    monkeypatch.setattr(
+        recovery, "launch_on_cpu", lambda config, ranks: (launched.append(ranks), train_on_forked_ranks(config, ranks))
+    )
     one, two = (
         config(folders, degraded, tmp_path / f"ranks-{ranks}", use_cpu=True, world_size=ranks) for ranks in (1, 2)
     )
     weights = [load_file(str(recover(c, ranks=c.world_size) / "model.safetensors")) for c in (one, two)]
+    assert launched == [2]
     start = load_file(str(degraded["model"] / "model.safetensors"))
     assert weights[0].keys() == weights[1].keys()
     moved = max(float((weights[0][name] - start[name]).abs().max()) for name in start)

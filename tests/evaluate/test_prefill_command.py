@@ -1,17 +1,13 @@
 """`deepalign evaluate prefill`: a folder of answers, verdicts and a report, made once and gone on with after a kill."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from deepalign.cli import main
+from tests.evaluate.killed_worker import kill_in_a_line
 from tests.tiny import WORDS, make_model, make_tokenizer
 
 REQUESTS = 6
@@ -87,32 +83,11 @@ def test_contrastive_decoding_and_a_judge_added_later(models, requests, phrases,
 
 
 def test_a_killed_run_goes_on(models, requests, phrases, tmp_path):
-    """Killed for good in the middle of a line, of a run whose batches are slow."""
-    code = (
-        "import os, sys, time\n"
-        "from deepalign.data.resumable import ResumableFile\n"
-        "append = ResumableFile.append\n"
-        "def slow(file, rows):\n"
-        "    append(file, rows)\n"
-        "    if len(file.rows) == 8:\n"
-        '        file._file.write(b\'{"depth": 2, "ind\')\n'
-        "        file._file.flush()\n"
-        "        time.sleep(100)\n"
-        "ResumableFile.append = slow\n"
-        "from deepalign.cli import main\n"
-        "main(sys.argv[1:])\n"
-    )
+    """Killed for good in the middle of a line."""
     out, whole = tmp_path / "killed", tmp_path / "whole"
-    command = [sys.executable, "-c", code, *arguments(models, requests, phrases, out)]
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
-    file, deadline = out / "answers.jsonl", time.monotonic() + 120
-    while not (file.exists() and file.read_text().endswith('"ind')):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    kill_in_a_line(arguments(models, requests, phrases, out), str(out), 8, tmp_path / "log")
+    file = out / "answers.jsonl"
+    assert file.read_text().endswith('"ind')
     kept = file.read_text().rpartition("\n")[0]
     assert main(arguments(models, requests, phrases, out)) == 0
     assert file.read_text().startswith(kept + "\n"), "what was there stays as it is"

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +12,7 @@ from deepalign.evaluate.families import ROLES, Family
 from deepalign.evaluate.suite import experiment_settings, run_suite
 from deepalign.evaluate.suite_config import load_suite
 from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES
+from tests.evaluate.killed_worker import kill_in_a_line
 
 CONFIG = Path(__file__).with_name("suite_small.yaml")
 ATTACKS = 4
@@ -26,32 +23,8 @@ pytestmark = pytest.mark.timeout(400)
 def killed(tmp_path_factory) -> Path:
     """The folder of a suite that was killed in the middle of a line of Table 1's second measurement."""
     folder = tmp_path_factory.mktemp("suite")
-    code = (
-        "import sys, time\n"
-        "from deepalign.data.resumable import ResumableFile\n"
-        "append = ResumableFile.append\n"
-        "def half(file, rows):\n"
-        "    append(file, rows)\n"
-        "    if 'Contrastive' in file._file.name and 'answers' in file._file.name:\n"
-        '        file._file.write(b\'{"depth": 2, "ind\')\n'
-        "        file._file.flush()\n"
-        "        print('half a line is written', flush=True)\n"
-        "        time.sleep(100)\n"
-        "ResumableFile.append = half\n"
-        "from deepalign.cli import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, "-c", code, "evaluate", "suite", "--config", str(CONFIG), "--out", str(folder)]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "--no-progress"], env=environment, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if "half a line" in line:
-            process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert process.returncode == -signal.SIGKILL, "".join(lines[-30:])
+    words = ["evaluate", "suite", "--config", str(CONFIG), "--out", str(folder), "--no-progress"]
+    kill_in_a_line(words, "Contrastive", 1, folder.with_name("suite.log"))
     return folder
 
 

@@ -8,6 +8,7 @@ import pytest
 from deepalign.cli import main
 from deepalign.microworld import demo
 from deepalign.microworld.demo import DemoSettings, load_settings, run_demo
+from tests.train.forked import train_on_forked_ranks
 
 pytestmark = pytest.mark.timeout(900)  # the first launch on a machine compiles DeepSpeed's communication ops
 
@@ -23,14 +24,25 @@ def settings() -> DemoSettings:
         aligned=dataclasses.replace(full.aligned, steps=2, batch_size=4),
         completion=full.completion | {"max_steps": 2, "logging_steps": 1},
         ablations={"random_mask": full.ablations["random_mask"]},
-        evaluation=dataclasses.replace(full.evaluation, attacks=3, utility=2, depths=DEPTHS, positions=4),
+        evaluation=dataclasses.replace(
+            full.evaluation, attacks=3, utility=2, max_new_tokens=12, depths=DEPTHS, positions=4
+        ),
     )
 
 
 @pytest.fixture(scope="module")
 def folder(settings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("demo")
-    run_demo(folder, settings, progress=False)
+    launch, started = demo.launch_on_cpu, []
+
+    def first_by_the_launcher(config, ranks):
+        started.append(config.stem)
+        (launch if len(started) == 1 else train_on_forked_ranks)(config, ranks)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(demo, "launch_on_cpu", first_by_the_launcher)
+        run_demo(folder, settings, progress=False)
+    assert started == ["completed", "random_mask"]
     return folder
 
 

@@ -8,9 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepalign.train.launch import RUN, cpu_environment, free_port
+from deepalign.train.launch import cpu_environment, free_port
 
-__all__ = ["RUN", "finish", "kill", "launch", "launch_alone", "torchrun"]
+__all__ = ["finish", "kill", "launch", "launch_alone", "torchrun"]
 ROOT = Path(__file__).parents[2]
 
 

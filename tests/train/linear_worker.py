@@ -1,11 +1,9 @@
 """The linear loss inside the forward of a module whose parameters are sharded, one step of SGD per cell, on two ranks.
 
-    deepspeed --num_accelerators 2 tests/train/linear_worker.py OUT.pt
-
-Rank 0 writes {cell: {parameter: value after the step}}, and what each refusal said.
+`run_cells` is for two ranks (`tests/train/forked.py`). Rank 0 writes {cell: {parameter: value after the step}}, and
+what each refusal said.
 """
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -109,10 +107,10 @@ def refusals() -> dict[str, str]:
     return {name: refusal(lambda s=s: s(*batch(0))) for name, s in (("fsdp2", sharded), ("zero3", partitioned))}
 
 
-if __name__ == "__main__":
+def run_cells(out: Path) -> None:
+    """Every cell and every refusal, on this rank."""
     join_deepspeed("gloo")
     torch.set_num_threads(1)
-    out = Path(next(word for word in sys.argv[1:] if word.endswith(".pt")))
     found = {}
     for tied, recompute in CELLS:
         for kind in (fsdp2, zero3):

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
@@ -13,14 +14,16 @@ import torch
 from deepalign.train import run as run_module
 from deepalign.train import trainer as trainer_module
 from deepalign.train.run import main
+from tests.train import fault_worker
+from tests.train.forked import fork_ranks
 from tests.train.jobs import LONG, NAN, weights, write_poisoned
-from tests.train.launch import RUN, finish, kill, launch, torchrun
+from tests.train.launch import finish, launch
 from tests.train.tiny_run import TinyRun, read_metrics
 from tests.train.worker import Interrupted
 
 pytestmark = pytest.mark.timeout(900)
 
-FAULT = Path(__file__).with_name("fault_worker.py")
+FAULT = Path(fault_worker.__file__)
 SHORT = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1}
 
 
@@ -41,36 +44,48 @@ def assert_same_run(out: Path, expected: Path) -> None:
 
 
 def test_a_rank_killed_in_a_step_then_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
-    """Two ranks, killed by -9 three times; started by torchrun (as under slurm), deepspeed, as a module, by torchrun.
+    """Two ranks, killed by -9 three times; started by deepspeed, forked twice, and by deepspeed as a module.
 
-    Bit for bit the run of DeepSpeed's launcher that was never interrupted.
+    Bit for bit the run of torchrun (as under slurm) that was never interrupted.
     """
     out, log = tmp_path / "out", tmp_path / "log"
-    config = tiny_run.config(out, **LONG)
-    assert torchrun([FAULT, "step", "--config", config], log).wait(timeout=600) != 0, "it ends the other rank"
+    words = ["--config", str(tiny_run.config(out, **LONG))]
+    assert launch([FAULT, "step", *words], log).wait(timeout=600) != 0, "it ends the other rank"
     assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
-    assert launch([FAULT, "checkpoint", "--config", config], log).wait(timeout=600) != 0
+
+    ranks = fork_ranks(fault_worker.run, ["checkpoint", words], log)
+    ranks[1].join(timeout=600)
+    assert ranks[1].exitcode == -signal.SIGKILL, log.read_text()[-4000:]
+    kill_all(ranks)
+    assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert (out / "checkpoint-4").is_dir()
     assert not (out / "checkpoint-8").exists()
 
-    process = launch(["--module", "deepalign.train.run", "--config", config], log)
-    wait_for(lambda: (out / "checkpoint-12").is_dir(), process, log)
-    kill(process)
-    assert not (out / "final").exists(), "the run ended before it could be killed: give it more steps"
+    ranks = fork_ranks(fault_worker.run, ["stuck", words], log)
+    wait_for(lambda: fault_worker.STUCK in log.read_text(), ranks, log)
+    kill_all(ranks)
+    assert (out / "checkpoint-12").is_dir()
     with (out / "metrics.jsonl").open("a") as file:  # a kill between a metrics line and its checkpoint
-        file.write('{"step": 23, "loss": 99.0}\n{"step": 2')
+        file.write('{"step": 15, "loss": 99.0}\n{"step": 1')
 
     last = tmp_path / "last"
-    assert "error:" not in finish(torchrun([RUN, "--config", config, "--world_size", "2"], last), last)
+    module = ["--module", "deepalign.train.run", *words, "--world_size", "2"]
+    assert "error:" not in finish(launch(module, last), last)
     assert_same_run(out, ran / "uninterrupted")
 
 
-def wait_for(condition, process, log: Path, seconds: float = 600) -> None:
+def kill_all(ranks) -> None:
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+
+
+def wait_for(condition, ranks, log: Path, seconds: float = 600) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
-        assert process.poll() is None, log.read_text()[-4000:]
+        assert all(rank.is_alive() for rank in ranks), log.read_text()[-4000:]
         assert time.monotonic() < deadline, f"nothing after {seconds} s:\n{log.read_text()[-4000:]}"
-        time.sleep(0.02)
+        time.sleep(0.1)
 
 
 @pytest.mark.parametrize("moment", ["seal", "replace_folder", "delete_folder", "_set_aside"])

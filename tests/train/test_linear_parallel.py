@@ -1,13 +1,11 @@
 """The linear loss where parameters are sharded: inside their module's forward as in one process, refused outside."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from tests.train import documented_fsdp
-from tests.train.launch import finish, launch
-from tests.train.linear_worker import CELLS, one_process
+from tests.train.forked import fork_ranks, join
+from tests.train.linear_worker import CELLS, one_process, run_cells
 
 pytestmark = pytest.mark.timeout(900)  # the first launch on a machine compiles DeepSpeed's communication ops
 
@@ -16,7 +14,7 @@ pytestmark = pytest.mark.timeout(900)  # the first launch on a machine compiles 
 def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("linear")
     log = folder / "log"
-    finish(launch([Path(__file__).with_name("linear_worker.py"), folder / "found.pt"], log), log)
+    join(fork_ranks(run_cells, [folder / "found.pt"], log), log)
     return torch.load(folder / "found.pt")
 
 

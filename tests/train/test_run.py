@@ -3,8 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from deepalign.data.chat import encode_example
 from deepalign.data.files import read_jsonl
 from deepalign.data.steps import HARMFUL, UTILITY, RowWeights, StepDataset
-from deepalign.train.launch import check_no_stale_lock, cpu_environment, free_port
+from deepalign.train.launch import check_no_stale_lock, free_port, join_deepspeed
 from deepalign.train.run import main
 from tests.tiny import WORDS, make_model, make_tokenizer
+from tests.train.forked import fork, join
 from tests.train.tiny_run import TinyRun, read_metrics
+
+BUFFER = "deepspeed_allreduce_buffer"
 
 
 @pytest.fixture
@@ -233,23 +234,26 @@ def test_the_lock_of_a_killed_compilation_is_named(tiny_run: TinyRun, tmp_path, 
     assert f"{lock} is older than 10 minutes" in message
 
 
-def test_a_rank_that_joins_leaves_no_shared_memory_behind():
-    port = str(free_port())
+def join_and_count() -> None:
+    """In a process of its own: what DeepSpeed makes when a rank joins is on its standard output."""
+    import deepspeed
+
+    init = deepspeed.init_distributed
+
+    def seen(**options: object) -> None:
+        init(**options)
+        print("buffers", len(list(Path("/dev/shm").glob(f"{BUFFER}_*_{os.environ['MASTER_PORT']}_0"))), flush=True)
+
+    deepspeed.init_distributed = seen
+    join_deepspeed("gloo")
+
+
+def test_a_rank_that_joins_leaves_no_shared_memory_behind(tmp_path):
+    port, log = str(free_port()), tmp_path / "log"
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    code = """if True:
-        import glob, os, deepspeed
-        from deepalign.train.launch import join_deepspeed
-        init = deepspeed.init_distributed
-        def seen(**options):
-            init(**options)
-            print("buffers", len(glob.glob(f"/dev/shm/deepspeed_allreduce_buffer_*_{os.environ['MASTER_PORT']}_0")))
-        deepspeed.init_distributed = seen
-        join_deepspeed("gloo")
-    """
-    environment = cpu_environment(threads=1) | ranks | {"MASTER_PORT": port}
-    said = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    assert "buffers 1" in said.stdout  # what DeepSpeed makes is what is looked for
-    assert not list(Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_0"))
+    join([fork(join_and_count, [], log, ranks | {"MASTER_PORT": port})], log)
+    assert "buffers 1" in log.read_text()  # what DeepSpeed makes is what is looked for
+    assert not list(Path("/dev/shm").glob(f"{BUFFER}_*_{port}_0"))
 
 
 def test_ranks_that_transformers_does_not_see_are_refused(tiny_run: TinyRun, tmp_path, refused, monkeypatch):

@@ -1,6 +1,6 @@
 """Runs several trainings in one process per rank, one after the other: starting the launcher costs more than they do.
 
-    deepspeed --num_accelerators 2 tests/train/worker.py JOBS.json
+    torchrun --nproc_per_node 2 tests/train/worker.py JOBS.json
 
 JOBS.json holds a list of jobs, {"words": arguments for deepalign.train.run, "patches": what is changed for it}. The
 exit codes are written to JOBS.codes.
@@ -92,16 +92,19 @@ def run_job(words: list[str], patches: dict[str, Any]) -> int:
     return 0
 
 
-if __name__ == "__main__":
-    jobs = Path(next(word for word in sys.argv[1:] if word.endswith(".json")))
+def run_list(jobs: Path) -> None:
+    """All trainings of a file."""
     codes = []
     for job in json.loads(jobs.read_text()):
         codes.append(run_job(job["words"], job.get("patches", {})))
-        if len(codes) == 1:  # all is imported, and stays: looking through it in every training is a third of its time
-            gc.collect()
-            gc.freeze()
+        # what is imported, and what a training leaves, stays: looking through it in every one is a third of its time
+        gc.freeze()
     if not dist.is_initialized() or dist.get_rank() == 0:
         jobs.with_suffix(".codes").write_text(json.dumps(codes))
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run_list(Path(next(word for word in sys.argv[1:] if word.endswith(".json"))))

@@ -26,7 +26,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copyfile(native, folder / "lib" / "deepalign" / native.name)
     build = ["build", "--build-base", str(folder / "base"), "--build-lib", str(folder / "lib")]
     pack = ["bdist_wheel", "--bdist-dir", str(folder / "packed"), "--dist-dir", str(folder)]
-    subprocess.run([sys.executable, "setup.py", "-q", *build, *pack], cwd=ROOT, check=True, capture_output=True)
+    source = ["sdist", "--dist-dir", str(folder)]
+    command = [sys.executable, "setup.py", "-q", *build, *pack, *source]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     (built,) = folder.glob("deepalign-*.whl")
     return built
 
@@ -70,10 +72,8 @@ def test_the_wheel_works_outside_the_checkout(wheel: Path, tmp_path: Path) -> No
     assert "usage: deepalign" in said.stdout
 
 
-def test_the_source_distribution_can_be_built_from(tmp_path: Path) -> None:
-    build = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", str(tmp_path)]
-    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
-    (built,) = tmp_path.glob("deepalign-*.tar.gz")
+def test_the_source_distribution_can_be_built_from(wheel: Path) -> None:
+    (built,) = wheel.parent.glob("deepalign-*.tar.gz")
     with tarfile.open(built) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames() if "/" in name}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}

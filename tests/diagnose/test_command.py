@@ -2,11 +2,7 @@
 
 import html.parser
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -22,6 +18,7 @@ from deepalign.diagnose.records import read_records, record_type
 from deepalign.diagnose.report import rank_correlation
 from deepalign.diagnose.rows import STATISTICS
 from tests.diagnose import oracle
+from tests.forked import kill_once
 from tests.tiny import WORDS, make_model, make_tokenizer
 
 ROWS, POSITIONS = 5, 20
@@ -199,24 +196,14 @@ def test_run_again_nothing_is_measured_and_nothing_changes(models, data, out, mo
 
 @pytest.mark.usefixtures("undrawn")
 def test_a_killed_command_ends_with_the_same_report(models, data, out, tmp_path):
-    code = (
-        "import sys, time\n"
-        "from deepalign.diagnose import positions\n"
-        "measure = positions.measure_responses\n"
-        "positions.measure_responses = lambda *a: (time.sleep(0.3), measure(*a))[1]\n"
-        "from deepalign.cli import main\n"
-        "main(sys.argv[1:])\n"
-    )
-    command = [sys.executable, "-c", code, *arguments(models, data, tmp_path, *EVERYTHING)]
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
-    started, deadline = tmp_path / "records" / "aligned.benign.records", time.monotonic() + 120
-    while not (started.exists() and started.stat().st_size > 0):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    measure = positions_module.measure_responses
+
+    def run():
+        positions_module.measure_responses = lambda *a: (time.sleep(0.3), measure(*a))[1]  # in the forked process alone
+        main(arguments(models, data, tmp_path, *EVERYTHING))
+
+    started = tmp_path / "records" / "aligned.benign.records"
+    kill_once(lambda: started.exists() and started.stat().st_size > 0, run)
     assert not (tmp_path / "report.json").exists()
     assert main(arguments(models, data, tmp_path, *EVERYTHING)) == 0
     found, expected = (json.loads((folder / "report.json").read_text()) for folder in (tmp_path, out))
@@ -319,6 +306,7 @@ def as_array(values):
     return np.array(values, dtype=float)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_data_set_by_name_is_read(models: Path, data: Path, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (data / "harmful.jsonl").read_text().splitlines()]
     table = tmp_path / "harmful_behaviors.csv"

@@ -16,7 +16,7 @@ from deepalign.kernels.completion_loss import (
 )
 from deepalign.kernels.library import WHY_NO_NATIVE
 from tests.kernels.oracle import LossRow, difference_in_compute_dtype, loss_row
-from tests.kernels.samples import DTYPES
+from tests.kernels.samples import DTYPES, largest
 
 # Those that run on the CPU's tensors, and the logits that they take.
 RUNNABLE = [
@@ -168,10 +168,7 @@ def wide_rows(
     slack = torch.where((narrow_reference == base).all(-1, keepdim=True), 0.0, slack)
     fewest, most = ((d > threshold + sign * slack).sum(-1) for sign in (1, -1))
     alpha = config.alpha_base * (1 + config.gamma * observed_count.clamp(fewest, most).double() / s.shape[-1])
-    # -0.0 ties with 0.0, and a stable sort leaves ties in the order of their indices
-    indices = (
-        (d + 0.0).sort(dim=-1, descending=True, stable=True).indices[:, : config.top_k] if given is None else given
-    )
+    indices = largest(d, config.top_k) if given is None else given
     member = torch.zeros(s.shape[0], s.shape[1] + 1, dtype=torch.bool)
     member.scatter_(1, torch.where(indices < 0, s.shape[1], indices), True)
     offset = torch.where(member[:, :-1], s - (s.mean(-1, keepdim=True) if centered else 0.0), 0.0)

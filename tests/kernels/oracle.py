@@ -58,7 +58,8 @@ def difference_in_compute_dtype(base: Tensor, reference: Tensor) -> Tensor:
 
 def descending(values: Tensor, present: list[int], k: int) -> list[int]:
     """The k largest of values[present], ties to the lowest index, padded with -1."""
-    order = sorted(present, key=lambda index: (-float(values[index]), index))[:k]
+    listed = values.tolist()
+    order = sorted(sorted(present), key=listed.__getitem__, reverse=True)[:k]  # stable
     return order + [-1] * (k - len(order))
 
 
@@ -114,7 +115,8 @@ def loss_row(
     count = min(max(observed_count, bounds[0]), bounds[1])
     alpha = config.alpha_base * (1 + config.gamma * count / len(present))
     indices = descending(difference, present, k) if given is None else given
-    members = [present.index(index) for index in sorted(set(indices)) if index in set(present)]
+    place = {index: n for n, index in enumerate(present)}
+    members = [place[index] for index in sorted(set(indices)) if index in place]
     teacher = config.teacher_mix * a64 + (1 - config.teacher_mix) * b64
     kl, kl_gradient = divergence_and_gradient(s64, teacher, config)
     completion, completion_gradient = penalty_and_gradient(s64, members, config)
@@ -149,7 +151,8 @@ def divergence_row(aligned: Tensor, base: Tensor, top_n: int, vocab_size: int) -
     )
     n = min(top_n, len(present))
     top_a, top_b = descending(aligned.double(), present, n), descending(base.double(), present, n)
-    in_top = [present.index(index) for index in top_a]
+    place = {index: n for n, index in enumerate(present)}
+    in_top = [place[index] for index in top_a]
     bounds = favored_bounds(difference[present], aligned.double()[present], base.double()[present])
     threshold = log_q - log_p
     slack = 2e-6 * (1.0 + float(torch.maximum(aligned[present].abs().max(), base[present].abs().max())))

@@ -1,4 +1,4 @@
-"""Contrastive sampling once more, independently: one row at a time, Python lists and sorts, float64.
+"""Contrastive sampling once more, independently: one row at a time, sorted whole, NumPy in float64.
 
 Rounding of x in the precision that an implementation computes in may fall either way where two entries are nearly equal
 or where a threshold is nearly met. So a row has a few distributions, one for each way that these can fall, and the
@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -44,10 +45,16 @@ class Options:
     vocab_size: int | None = None
 
 
-class Entry(NamedTuple):
-    index: int
-    x: float
-    origin: tuple[float, ...]  # entries of equal origin have bitwise equal x in any implementation
+class Entries(NamedTuple):
+    """Entries of a row, descending by x, ties by index."""
+
+    index: np.ndarray
+    x: np.ndarray
+    place: np.ndarray  # among the row's present entries
+    lowered: np.ndarray  # whether x is less than a
+
+    def __getitem__(self, chosen: slice | np.ndarray) -> "Entries":
+        return Entries(*(column[chosen] for column in tuple(self)))
 
 
 class Row:
@@ -64,103 +71,112 @@ class Row:
         self.aligned, self.base = aligned[: options.vocab_size], base[: options.vocab_size]
         present = present_entries([self.aligned, self.base])
         self.bad = present is None
-        self.present = present or []
-        if self.bad:
+        if present is None:
             return
-        self.a, self.b = (model.double()[self.present].tolist() for model in (self.aligned, self.base))
+        self.present = np.array(present)
+        self.a, self.b = (model.double().numpy()[self.present] for model in (self.aligned, self.base))
         self.epsilon = torch.finfo(torch.float64 if aligned.dtype == torch.float64 else torch.float32).eps
-        largest = max(abs(value) for value in self.a + self.b)
+        largest = float(max(np.abs(self.a).max(), np.abs(self.b).max()))
         self.slack = 4 * self.epsilon * (1 + options.alpha) * (1 + largest)
+        self.near = 4 * self.epsilon * (1 + largest)
         self.tolerance = 16 * self.epsilon + (self.slack / options.temperature if options.temperature > 0 else 0.0)
 
-    def contrasted(self) -> Iterator[list[Entry]]:
+    def contrasted(self) -> Iterator[Entries]:
         """Eq. 7, descending, for every way that entries near the threshold can fall."""
-        log_p, log_q = (softmax_logs(float64(*logits)) for logits in (self.a, self.b))
-        log_ratio = (log_q - log_p).tolist()
-        difference = difference_in_compute_dtype(self.base, self.aligned)[self.present].tolist()
+        log_p, log_q = (softmax_logs(torch.from_numpy(logits)).numpy() for logits in (self.a, self.b))
+        log_ratio = log_q - log_p
         in_logits = self.options.space == "logits"
-        amount = [max(d, 0.0) if in_logits else ratio for d, ratio in zip(difference, log_ratio, strict=True)]
-        near = 4 * self.epsilon * (1 + max(abs(value) for value in self.a + self.b))
-        favored = {i for i, ratio in enumerate(log_ratio) if ratio > near}
-        unclear = [i for i, ratio in enumerate(log_ratio) if abs(ratio) <= near and amount[i] > 0]
+        difference = difference_in_compute_dtype(self.base, self.aligned).numpy()[self.present]
+        amount = np.maximum(difference, 0.0) if in_logits else log_ratio
+        favored = log_ratio > self.near
+        unclear = (np.abs(log_ratio) <= self.near) & (amount > 0)
         if not in_logits:  # next to nothing is taken off near the threshold, favored or not
-            favored, unclear = favored | set(unclear), []
-        if self.a == self.b or self.options.alpha == 0:
-            favored, unclear = set(), []
-        assert len(unclear) <= 6, "too many entries near the threshold to enumerate: choose other logits"
-        for choice in itertools.product((False, True), repeat=len(unclear)):
-            lowered = favored | set(itertools.compress(unclear, choice))
-            entries = [
-                Entry(index, a - self.options.alpha * amount[i], (a, b))
-                if i in lowered and amount[i] > 0
-                else Entry(index, a, (a,))
-                for i, (index, a, b) in enumerate(zip(self.present, self.a, self.b, strict=True))
-            ]
-            yield sorted(entries, key=lambda entry: (-entry.x, entry.index))
+            favored, unclear = favored | unclear, np.zeros_like(favored)
+        if self.options.alpha == 0 or np.array_equal(self.a, self.b):
+            favored, unclear = np.zeros_like(favored), np.zeros_like(favored)
+        places = unclear.nonzero()[0]
+        assert len(places) <= 6, "too many entries near the threshold to enumerate: choose other logits"
+        for choice in itertools.product((False, True), repeat=len(places)):
+            lowered = favored.copy()
+            lowered[places] = choice
+            lowered &= amount > 0
+            x = np.where(lowered, self.a - self.options.alpha * amount, self.a)
+            order = np.argsort(-x, kind="stable")
+            yield Entries(self.present[order], x[order], order, lowered[order])
 
-    def first(self, entries: list[Entry], count: int) -> Iterator[list[Entry]]:
+    def origin(self, entries: Entries, n: int) -> tuple[float, ...]:
+        """Entries of equal origin have bitwise equal x in any implementation."""
+        place = entries.place[n]
+        return (self.a[place], self.b[place]) if entries.lowered[n] else (self.a[place],)
+
+    def first(self, entries: Entries, count: int) -> Iterator[Entries]:
         """The `count` first of descending entries, for every way that near ties at the end can fall."""
-        if count >= len(entries):
+        if count >= len(entries.x):
             yield entries
             return
-        edge = entries[count - 1].x
-        sure = [entry for entry in entries if entry.x > edge + self.slack]
-        near: dict[tuple[float, ...], list[Entry]] = {}
-        for entry in entries:
-            if abs(entry.x - edge) <= self.slack:
-                near.setdefault(entry.origin, []).append(entry)
+        edge = entries.x[count - 1]
+        sure = int((entries.x > edge + self.slack).sum())
+        near: dict[tuple[float, ...], list[int]] = {}
+        for n in (np.abs(entries.x - edge) <= self.slack).nonzero()[0].tolist():
+            near.setdefault(self.origin(entries, n), []).append(n)
         for counts in itertools.product(*(range(len(group) + 1) for group in near.values())):
-            if len(sure) + sum(counts) == count:
-                chosen = [entry for group, n in zip(near.values(), counts, strict=True) for entry in group[:n]]
-                yield sorted(sure + chosen, key=lambda entry: (-entry.x, entry.index))
+            if sure + sum(counts) == count:
+                chosen = [n for group, most in zip(near.values(), counts, strict=True) for n in group[:most]]
+                yield entries[np.array([*range(sure), *sorted(chosen)])]
 
-    def top_p(self, entries: list[Entry]) -> Iterator[list[Entry]]:
+    def top_p(self, entries: Entries) -> Iterator[Entries]:
         if self.options.top_p == 1:
             yield entries
             return
-        cumulative = list(itertools.accumulate(self.weights(entries)))
+        cumulative = self.weights(entries).cumsum()
         low, high = (
-            next((n for n, mass in enumerate(cumulative, 1) if mass >= share * cumulative[-1]), len(entries))
+            min(int(np.searchsorted(cumulative, share * cumulative[-1])) + 1, len(cumulative))
             for share in (self.options.top_p - self.tolerance, self.options.top_p + self.tolerance)
         )
         for count in range(low, high + 1):
             yield from self.first(entries, count)
 
-    def min_p(self, entries: list[Entry]) -> Iterator[list[Entry]]:
+    def min_p(self, entries: Entries) -> Iterator[Entries]:
         weights, bound = self.weights(entries), self.options.min_p
-        equal = sum(entry.origin == entries[0].origin for entry in entries)
-        low = max(equal, sum(weight >= bound * (1 + self.tolerance) for weight in weights))
-        high = max(equal, sum(weight >= bound * (1 - self.tolerance) for weight in weights))
+        tied = (entries.x == entries.x[0]).nonzero()[0].tolist()
+        equal = sum(self.origin(entries, n) == self.origin(entries, 0) for n in tied)
+        low = max(equal, int((weights >= bound * (1 + self.tolerance)).sum()))
+        high = max(equal, int((weights >= bound * (1 - self.tolerance)).sum()))
         for count in range(low, high + 1):
             yield from self.first(entries, count)
 
-    def weights(self, entries: list[Entry]) -> list[float]:
+    def weights(self, entries: Entries) -> np.ndarray:
         """Relative to the largest, which is the first."""
-        return [math.exp((entry.x - entries[0].x) / self.options.temperature) for entry in entries]
+        return np.exp((entries.x - entries.x[0]) / self.options.temperature)
 
     def distributions(self) -> Iterator[list[tuple[int, float]]]:
         """(index, weight) in index order of what may be drawn, for every way that rounding can fall."""
+        for index, weights in self._distributions():
+            yield list(zip(index.tolist(), weights.tolist(), strict=True))
+
+    def _distributions(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for entries in self.contrasted():
             if self.options.temperature == 0:
-                yield from ([(best.index, 1.0)] for (best,) in self.first(entries, 1))
+                yield from ((best.index, np.ones(1)) for best in self.first(entries, 1))
                 continue
-            for in_k in self.first(entries, self.options.top_k or len(entries)):
+            for in_k in self.first(entries, self.options.top_k or len(entries.x)):
                 for in_p in self.top_p(in_k):
                     for kept in self.min_p(in_p):
-                        yield sorted((e.index, w) for e, w in zip(kept, self.weights(kept), strict=True))
+                        order = kept.index.argsort()
+                        yield kept.index[order], self.weights(kept)[order]
 
     def allows(self, uniform: float, token: int, logprob: float) -> bool:
         """Whether this token and log-probability can come of this uniform."""
         if self.bad:
             return token == -1 and math.isnan(logprob)
-        return any(self._drawn_from(kept, uniform, token, logprob) for kept in self.distributions())
+        with np.errstate(over="ignore"):
+            return any(self._drawn_from(*kept, uniform, token, logprob) for kept in self._distributions())
 
-    def _drawn_from(self, kept: list[tuple[int, float]], uniform: float, token: int, logprob: float) -> bool:
-        total = math.fsum(weight for _, weight in kept)
-        weight = dict(kept).get(token, 0.0)
-        if weight == 0:
+    def _drawn_from(self, index: np.ndarray, weights: np.ndarray, uniform: float, token: int, logprob: float) -> bool:
+        place = int(np.searchsorted(index, token))
+        if place == len(index) or index[place] != token or weights[place] == 0:
             return False
-        before = math.fsum(weight for index, weight in kept if index < token)
+        total, before, weight = math.fsum(weights), math.fsum(weights[:place]), float(weights[place])
         in_reach = before / total - self.tolerance <= uniform < (before + weight) / total + self.tolerance
         error = abs(logprob - math.log(weight / total))
         return in_reach and error <= 2 * self.tolerance + self.epsilon * abs(logprob)

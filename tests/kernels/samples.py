@@ -36,6 +36,16 @@ def three_models(*shape: int, dtype: torch.dtype = torch.float32, peaked: bool =
     return [(aligned + 0.3 * noise()).to(dtype), aligned.to(dtype), (shared + 1.5 * noise()).to(dtype)]
 
 
+def largest(values: Tensor, k: int) -> Tensor:
+    """(N, k) indices of the largest of (N, V), descending, ties to the lowest index; -0.0 ties with 0.0."""
+    edge = values.topk(k, dim=-1).values[:, -1:]
+    above, tied = values > edge, values == edge
+    chosen = above | (tied & (tied.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    indices = chosen.nonzero()[:, 1].view(len(values), k)
+    order = (values.gather(-1, indices) + 0.0).sort(dim=-1, descending=True, stable=True).indices
+    return indices.gather(-1, order)
+
+
 def pairwise(options: dict[str, Sequence[object]], seed: int = 0) -> list[Case]:
     """Few combinations in which every pair of values of every two options occurs."""
     names = list(options)

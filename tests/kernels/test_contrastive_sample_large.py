@@ -1,5 +1,6 @@
 """The sampler on vocabularies of many blocks: every way of finding what filters keep, threads, bad entries anywhere."""
 
+import functools
 import math
 
 import pytest
@@ -30,6 +31,7 @@ FILTERS = (
 each_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 
 
+@functools.cache
 def models_like(pattern: str, dtype: torch.dtype) -> list[Tensor]:
     """Aligned and base logits of one row, (VOCAB,) each."""
     aligned, base = two_models(VOCAB, peaked=pattern != "flat")
@@ -51,10 +53,20 @@ def models_like(pattern: str, dtype: torch.dtype) -> list[Tensor]:
     return [aligned.to(dtype), base.to(dtype)]
 
 
+@functools.cache
+def contrasted(pattern: str, dtype: torch.dtype, space: str) -> Tensor:
+    return contrastive_logits(*models_like(pattern, dtype), alpha=0.75, space=space)
+
+
+@functools.cache
+def descending(x_V: Tensor) -> Tensor:
+    return torch.where(x_V == 0, 0.0, x_V).sort(descending=True, stable=True).indices
+
+
 def kept_weights(x_V: Tensor, temperature: float, top_k: int = 0, top_p: float = 1.0, min_p: float = 0.0) -> Tensor:
     """(V,) float64, the largest 1, and 0 for what the filters do not keep."""
     weight_V = ((x_V.double() - x_V.max().double()) / temperature).exp()
-    order_V = torch.where(x_V == 0, 0.0, x_V).sort(descending=True, stable=True).indices
+    order_V = descending(x_V)
     order_K = order_V[: top_k or len(x_V)]
     before_K = weight_V[order_K].cumsum(0) - weight_V[order_K]
     if top_p < 1:
@@ -82,12 +94,10 @@ def test_what_is_kept_and_drawn(implementation: str, pattern: str, filters: dict
     aligned, base = models_like(pattern, dtype)
     uniforms = torch.cat([random_uniforms(6), torch.tensor([0.0, BELOW_ONE], dtype=torch.float64)])
     for space, temperature in (("logits", 0.7), ("logprobs", 1.5)):
-        options = {"alpha": 0.75, "space": space}
         rows = (model.expand(len(uniforms), -1) for model in (aligned, base))
-        result = contrastive_sample(
-            *rows, uniforms=uniforms, temperature=temperature, implementation=implementation, **options, **filters
-        )
-        weight_V = kept_weights(contrastive_logits(aligned, base, **options), temperature, **filters)
+        options = {"alpha": 0.75, "space": space, "implementation": implementation}
+        result = contrastive_sample(*rows, uniforms=uniforms, temperature=temperature, **options, **filters)
+        weight_V = kept_weights(contrasted(pattern, dtype, space), temperature, **filters)
         # x of logits near 1e5 is rounded to 1/128
         check_draws(result, uniforms, weight_V, tolerance=2e-2 if pattern == "huge" else 1e-5)
 

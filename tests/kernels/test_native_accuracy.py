@@ -13,6 +13,7 @@ from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
 from deepalign.kernels.position_divergence import base_favored_tokens, position_divergence
 from tests.kernels.loss_helpers import check_against_wide_rows, needs_native, tolerance_at
+from tests.kernels.samples import Case, pairwise
 
 pytestmark = needs_native
 HALF_PLACE = 2.0**-19  # of a float between 32 and 64: what rounding the teacher's logit may put into a gradient
@@ -41,10 +42,13 @@ def nearly_equal(rows: int, vocab: int, generator: torch.Generator) -> list[Tens
     return [shared + 0.1 * torch.randn(rows, vocab, generator=generator) for _ in range(3)]
 
 
-@pytest.mark.parametrize("temperature", [1.0, 1.3, 2.0, 5.0])
-@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
-@pytest.mark.parametrize("rows_of", [peaked, uniform, nearly_equal, shifted], ids=lambda f: f.__name__)
-def test_within_a_millionth_of_float64(rows_of: object, dtype: torch.dtype, temperature: float) -> None:
+ROWS = (peaked, uniform, nearly_equal, shifted)
+ACCURACY = pairwise({"rows_of": ROWS, "dtype": COMPILED_DTYPES, "temperature": (1.0, 1.3, 2.0, 5.0)})
+
+
+@pytest.mark.parametrize("case", ACCURACY, ids=lambda case: f"{case['rows_of'].__name__}-{case['dtype']}")
+def test_within_a_millionth_of_float64(case: Case) -> None:
+    rows_of, dtype, temperature = case.values()
     generator = torch.Generator().manual_seed(int(10 * temperature))
     for rows, vocab in SIZES:
         models = [model.clamp(-50, 50).to(dtype) for model in rows_of(rows, vocab, generator)]
@@ -53,7 +57,7 @@ def test_within_a_millionth_of_float64(rows_of: object, dtype: torch.dtype, temp
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
-@pytest.mark.parametrize("rows_of", [peaked, uniform, nearly_equal, shifted], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("rows_of", ROWS, ids=lambda f: f.__name__)
 def test_the_reverse_direction_too(rows_of: object, temperature: float) -> None:
     generator = torch.Generator().manual_seed(7)
     for rows, vocab in SIZES:

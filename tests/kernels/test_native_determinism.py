@@ -9,7 +9,7 @@ from torch import Tensor
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
 from tests.kernels.loss_helpers import loss_and_gradient, needs_native
-from tests.kernels.samples import three_models
+from tests.kernels.samples import Case, pairwise, three_models
 
 pytestmark = needs_native
 CONFIGS = [
@@ -42,17 +42,23 @@ def same(left: tuple[Tensor, ...], right: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(x.nan_to_num(-7.0), y.nan_to_num(-7.0)) for x, y in zip(left, right, strict=True))
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config.top_k))
-@pytest.mark.parametrize("rows", [1, 2, 4, 7])
-def test_threads_do_not_matter(rows: int, config: CompletionLossConfig) -> None:
-    for dtype in COMPILED_DTYPES:
-        models = awkward(rows, 40007, dtype)
-        results = []
-        for threads in (1, 2, 3, 5):
-            torch.set_num_threads(threads)
-            output, gradient = loss_and_gradient(*models, config=config, **OPTIONS)
-            results.append((*output, gradient))
-        assert all(same(result, results[0]) for result in results[1:])
+def case_name(case: Case) -> str:
+    return "-".join(
+        str(value.top_k) if isinstance(value, CompletionLossConfig) else str(value) for value in case.values()
+    )
+
+
+@pytest.mark.parametrize(
+    "case", pairwise({"rows": (1, 2, 4, 7), "dtype": COMPILED_DTYPES, "config": CONFIGS}), ids=case_name
+)
+def test_threads_do_not_matter(case: Case) -> None:
+    models = awkward(case["rows"], 40007, case["dtype"])
+    results = []
+    for threads in (1, 2, 3, 5):
+        torch.set_num_threads(threads)
+        output, gradient = loss_and_gradient(*models, config=case["config"], **OPTIONS)
+        results.append((*output, gradient))
+    assert all(same(result, results[0]) for result in results[1:])
 
 
 def test_threads_do_not_matter_to_ties() -> None:
@@ -78,23 +84,22 @@ def test_a_row_alone_is_the_row_in_a_batch(threads: int) -> None:
         assert same((*alone, alone_gradient), tuple(value[row : row + 1] for value in (*output, gradient)))
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("given", [False, True])
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config.top_k))
-def test_statistics_do_not_depend_on_the_gradient_or_its_place(
-    config: CompletionLossConfig, given: bool, threads: int
-) -> None:
-    torch.set_num_threads(threads)
-    for dtype in COMPILED_DTYPES:
-        models = awkward(4, 20021, dtype)
-        options = {**OPTIONS, "config": config}
-        if given:
-            options["top_k_indices"] = torch.tensor([5, 20020, -1, 5, 300]).expand(4, 5)
-        training, gradient = loss_and_gradient(*models, **options)
-        in_place, gradient_in_place = loss_and_gradient(*models, inplace=True, **options)
-        forward_only = fused_completion_loss(*models, **options)
-        assert same(forward_only, training)
-        assert same((*in_place, gradient_in_place), (*training, gradient))
+@pytest.mark.parametrize(
+    "case",
+    pairwise({"config": CONFIGS, "dtype": COMPILED_DTYPES, "given": (False, True), "threads": (1, 3)}),
+    ids=case_name,
+)
+def test_statistics_do_not_depend_on_the_gradient_or_its_place(case: Case) -> None:
+    torch.set_num_threads(case["threads"])
+    models = awkward(4, 20021, case["dtype"])
+    options = {**OPTIONS, "config": case["config"]}
+    if case["given"]:
+        options["top_k_indices"] = torch.tensor([5, 20020, -1, 5, 300]).expand(4, 5)
+    training, gradient = loss_and_gradient(*models, **options)
+    in_place, gradient_in_place = loss_and_gradient(*models, inplace=True, **options)
+    forward_only = fused_completion_loss(*models, **options)
+    assert same(forward_only, training)
+    assert same((*in_place, gradient_in_place), (*training, gradient))
 
 
 def test_repeated_calls_give_the_same_bits() -> None:

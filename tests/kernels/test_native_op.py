@@ -10,7 +10,7 @@ from torch import Tensor
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
 from tests.kernels.loss_helpers import loss_and_gradient, needs_native, op_call
-from tests.kernels.samples import three_models
+from tests.kernels.samples import Case, pairwise, three_models
 
 pytestmark = needs_native
 CONFIG = CompletionLossConfig(top_k=5, lambda_reg=0.05)
@@ -24,12 +24,14 @@ VARIANTS: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("with_gradient", [False, True])
-def test_opcheck(changes: dict[str, object], dtype: torch.dtype, with_gradient: bool) -> None:
+OPCHECKED = pairwise({"variant": tuple(VARIANTS), "dtype": COMPILED_DTYPES, "with_gradient": (False, True)})
+
+
+@pytest.mark.parametrize("case", OPCHECKED, ids=lambda case: "-".join(map(str, case.values())))
+def test_opcheck(case: Case) -> None:
+    variant, dtype, with_gradient = case.values()
     student, aligned, base = three_models(2, 37, dtype=dtype)
-    arguments = op_call(student.requires_grad_(with_gradient), aligned, base, **changes)
+    arguments = op_call(student.requires_grad_(with_gradient), aligned, base, **VARIANTS[variant])
     torch.library.opcheck(torch.ops.deepalign.completion_loss.default, (*arguments, with_gradient))
 
 

@@ -1,5 +1,7 @@
 """Pairs of tiny models of several families, and a batch of prompts of unequal length."""
 
+import functools
+
 import torch
 from transformers import (
     GPT2Config,
@@ -42,8 +44,12 @@ def make_model(family: str, seed: int, vocab_size: int = 37) -> PreTrainedModel:
     return model_class(config).eval()
 
 
+@functools.cache
 def make_pair(family: str) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """A model and a noisy copy of it that is surer of itself, so that the greedy token is often base-favored."""
+    """A model and a noisy copy of it that is surer of itself, so that the greedy token is often base-favored.
+
+    The same two for every test: not to be changed.
+    """
     aligned, base = make_model(family, 0), make_model(family, 0)
     with torch.no_grad():
         for parameter in base.parameters():

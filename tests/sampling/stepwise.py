@@ -1,6 +1,7 @@
 """Greedy contrastive decoding the slow and obvious way: float64, one prompt at a time, no cache, no padding."""
 
 import copy
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -35,3 +36,17 @@ def stepwise_greedy(
             logits_V = eq7(logits_V, base_logits_V, alpha, space)
         ids.append(int(logits_V.argmax()))
     return ids[len(prompt) :]
+
+
+@functools.cache
+def _once(
+    model: PreTrainedModel, base: PreTrainedModel | None, prompt: tuple[int, ...], **options: object
+) -> list[int]:
+    return stepwise_greedy(model, base, prompt, **options)
+
+
+def greedy_of_unchanged(
+    model: PreTrainedModel, base: PreTrainedModel | None, prompt: Sequence[int], **options: object
+) -> list[int]:
+    """`stepwise_greedy` of models that no test changes: computed once for equal arguments."""
+    return list(_once(model, base, tuple(prompt), **options))

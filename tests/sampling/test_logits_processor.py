@@ -4,7 +4,7 @@ from transformers import LogitsProcessorList, PreTrainedModel
 
 from deepalign.sampling import ContrastiveLogitsProcessor
 from tests.sampling.pairs import FAMILIES, PAD, PROMPTS, left_padded, make_model, make_pair
-from tests.sampling.stepwise import stepwise_greedy
+from tests.sampling.stepwise import greedy_of_unchanged
 
 NEW_TOKENS = 12
 
@@ -31,16 +31,16 @@ def test_greedy_ids_equal_float64_without_caches(pair, space):
     batch = left_padded(PROMPTS)
     processor = ContrastiveLogitsProcessor(base, alpha=1.5, space=space, attention_mask=batch["attention_mask"])
     expected = [
-        stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5, space=space) for prompt in PROMPTS
+        greedy_of_unchanged(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5, space=space) for prompt in PROMPTS
     ]
     assert generate(aligned, batch, processor) == expected
-    plain = [stepwise_greedy(aligned, None, prompt, new_tokens=NEW_TOKENS) for prompt in PROMPTS]
+    plain = [greedy_of_unchanged(aligned, None, prompt, new_tokens=NEW_TOKENS) for prompt in PROMPTS]
     assert expected != plain  # or Eq. 7 would not be seen
 
 
 def test_a_row_that_ends_early_does_not_disturb_the_others(llamas):
     aligned, base = llamas
-    expected = [stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
+    expected = [greedy_of_unchanged(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
     end = next(id_ for id_ in expected[1] if id_ not in expected[0])
     length = expected[1].index(end) + 1
     assert length < NEW_TOKENS - 2
@@ -148,7 +148,7 @@ def test_the_cache_follows_rows_that_move(pair, order):
         scores_BV = aligned(input_ids=ids_BT, attention_mask=mask_BT, position_ids=positions_BT).logits[:, -1]
         next_B1 = processor(ids_BT, scores_BV).argmax(-1, keepdim=True)
         ids_BT, mask_BT = torch.cat([ids_BT, next_B1], dim=1), torch.cat([mask_BT, torch.ones_like(next_B1)], dim=1)
-    expected = [stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
+    expected = [greedy_of_unchanged(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
     assert ids_BT[:, -NEW_TOKENS:].tolist() == [expected[row] for row in rows]
 
 
@@ -157,7 +157,7 @@ def test_several_answers_to_a_prompt_need_only_the_mask_of_the_prompts(llamas):
     batch = left_padded(PROMPTS)
     processor = ContrastiveLogitsProcessor(base, alpha=1.5, attention_mask=batch["attention_mask"])
     got = generate(aligned, batch, processor, do_sample=True, top_k=1, num_return_sequences=2)
-    expected = [stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
+    expected = [greedy_of_unchanged(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
     assert got == [ids for ids in expected for _ in range(2)]
 
 
@@ -196,7 +196,7 @@ def test_scores_with_banned_tokens_are_refused(llamas):
 
 def test_sampling_options_of_generate_come_after_eq_7(llamas):
     aligned, base = llamas
-    expected = stepwise_greedy(aligned, base, PROMPTS[0], new_tokens=NEW_TOKENS, alpha=1.5)
+    expected = greedy_of_unchanged(aligned, base, PROMPTS[0], new_tokens=NEW_TOKENS, alpha=1.5)
     processor = ContrastiveLogitsProcessor(base, alpha=1.5)
     batch = left_padded(PROMPTS[:1])
     got = generate(aligned, batch, processor, do_sample=True, top_k=1, temperature=0.7)

@@ -2,10 +2,6 @@
 
 import argparse
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,9 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from deepalign.cli import main
-from deepalign.data.resumable import open_resumable
+from deepalign.data.resumable import ResumableFile, open_resumable
 from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.cli import add_arguments, chat
+from tests.forked import kill_once
 from tests.tiny import WORDS, make_model, make_tokenizer
 
 ROWS = 13
@@ -93,30 +90,18 @@ def test_a_cut_file_is_completed(models, prompts, tmp_path, cut):
 
 def test_a_killed_run_goes_on(models, prompts, tmp_path):
     """Killed for good after the second batch of a run whose batches are slow."""
-    out, code = (
-        tmp_path / "out.jsonl",
-        (
-            "import sys, time\n"
-            "from deepalign.data.resumable import ResumableFile\n"
-            "append = ResumableFile.append\n"
-            "def slow(file, rows):\n"
-            "    append(file, rows)\n"
-            "    time.sleep(0.5)\n"
-            "ResumableFile.append = slow\n"
-            "from deepalign.cli import main\n"
-            "main(sys.argv[1:])\n"
-        ),
-    )
-    command = [sys.executable, "-c", code, *arguments(models, prompts, out)]
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"})
-    deadline = time.monotonic() + 120
-    while not (out.exists() and out.read_text().count("\n") >= 8):
-        assert process.poll() is None, "the run ended before it could be killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    out = tmp_path / "out.jsonl"
+    append = ResumableFile.append
+
+    def slow(file, rows):
+        append(file, rows)
+        time.sleep(0.5)
+
+    def run():
+        ResumableFile.append = slow  # in the forked process alone
+        main(arguments(models, prompts, out))
+
+    kill_once(lambda: out.exists() and out.read_text().count("\n") >= 8, run)
     before = out.read_text()
     assert 8 <= before.count("\n") < ROWS
     answers = sample(models, prompts, out)

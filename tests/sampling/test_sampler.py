@@ -10,7 +10,7 @@ from deepalign.kernels.contrastive_sample import contrastive_logits
 from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.generation import row_uniforms
 from tests.sampling.pairs import FAMILIES, PAD, PROMPTS, left_padded, make_model, make_pair
-from tests.sampling.stepwise import eq7, stepwise_greedy
+from tests.sampling.stepwise import eq7, greedy_of_unchanged
 
 NEW_TOKENS = 12
 
@@ -34,14 +34,14 @@ def test_greedy_ids_equal_float64_without_caches(pair, space):
     aligned, base = pair
     sampler = ContrastiveSampler(aligned, base, alpha=1.5, temperature=0, space=space)
     expected = [
-        stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5, space=space) for prompt in PROMPTS
+        greedy_of_unchanged(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5, space=space) for prompt in PROMPTS
     ]
     answers = sampler.generate(PROMPTS, max_new_tokens=NEW_TOKENS)
     assert token_ids(answers) == expected
     assert [answer.prompt_tokens for answer in answers] == [len(prompt) for prompt in PROMPTS]
     assert {answer.finish_reason for answer in answers} == {"length"}
     assert {logprob for answer in answers for logprob in answer.logprobs} == {0.0}
-    plain = [stepwise_greedy(aligned, None, prompt, new_tokens=NEW_TOKENS) for prompt in PROMPTS]
+    plain = [greedy_of_unchanged(aligned, None, prompt, new_tokens=NEW_TOKENS) for prompt in PROMPTS]
     assert expected != plain  # or Eq. 7 would not be seen
 
 
@@ -155,7 +155,7 @@ def test_one_draw_a_step_on_the_last_position_and_no_copy_of_logits(llamas, monk
 
 def test_finished_rows_leave_and_the_others_do_not_notice(pair):
     aligned, base = pair
-    expected = [stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
+    expected = [greedy_of_unchanged(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.5) for prompt in PROMPTS]
     first = [ids[2] for ids in expected]
     stops = [first[1], first[2]] if first[1] not in expected[0] and first[2] not in expected[0] else [first[1]]
     sizes = []
@@ -245,7 +245,7 @@ def test_models_with_a_sliding_window_keep_their_own_cache():
 
     aligned, base = mistral(0), mistral(1)
     sampler = ContrastiveSampler(aligned, base, alpha=1.0, temperature=0)
-    expected = [stepwise_greedy(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.0) for prompt in PROMPTS]
+    expected = [greedy_of_unchanged(aligned, base, prompt, new_tokens=NEW_TOKENS, alpha=1.0) for prompt in PROMPTS]
     assert token_ids(sampler.generate(PROMPTS, max_new_tokens=NEW_TOKENS)) == expected
 
 

@@ -8,7 +8,8 @@ TABLES_FLAGS ?=
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-# Python compiles what it imports; all that is installed would take a minute and a half.
+# Python compiles what it imports, once; to compile all that is installed would take a minute and a half.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
 NATIVE := deepalign/_native.abi3.so
 BENCH_FLAGS ?=

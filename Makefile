@@ -46,8 +46,10 @@ install: $(READY) $(NATIVE)
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "== setting up $(VENV): the package with its dev and train extras, versions from constraints.txt"
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) torch
-	$(INSTALL) -e ".[dev,train]"
+	$(INSTALL) torch setuptools
+	@echo "== compiling the native CPU kernels while the rest is installed"
+	@$(BIN)/python setup.py -q build_ext --inplace & compiling=$$!; \
+		DEEPALIGN_NO_NATIVE=1 $(INSTALL) -e ".[dev,train]" && wait $$compiling
 	@echo "== compiling DeepSpeed's communication ops for the CPU (a minute; otherwise its first start does it)"
 	@DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m deepalign.train.launch
 	@touch $(READY)

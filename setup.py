@@ -75,8 +75,11 @@ def native(torch: Path) -> Extension:
     )
 
 
-torch = torch_folder()
-if torch is None:
+left_out = bool(os.environ.get("DEEPALIGN_NO_NATIVE"))
+torch = None if left_out else torch_folder()
+if left_out:
+    print("deepalign: the native CPU kernels are left out, as DEEPALIGN_NO_NATIVE asks")
+elif torch is None:
     print("deepalign: no torch >= 2.11 to build against: install torch first to get the native CPU kernels")
 setup(
     ext_modules=[] if torch is None else [native(torch)],

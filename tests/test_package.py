@@ -72,6 +72,11 @@ def test_it_installs_without_a_compiler_and_says_what_serves(tmp_path):
     if not (root / "setup.py").is_file():
         pytest.skip("an installed package has no sources to build")
     build = [sys.executable, "setup.py", "build", "--build-base", str(tmp_path), "--build-lib", str(tmp_path / "lib")]
+    left_out = subprocess.run(
+        build, cwd=root, env=os.environ | {"DEEPALIGN_NO_NATIVE": "1"}, capture_output=True, text=True
+    )
+    assert "left out, as DEEPALIGN_NO_NATIVE asks" in left_out.stdout
+    assert not list(tmp_path.rglob("*.so")) + list(tmp_path.rglob("*.o"))
     no_compiler = os.environ | dict.fromkeys(("CC", "CXX", "LDSHARED"), "no-such-compiler")
     built = subprocess.run(build, cwd=root, env=no_compiler, capture_output=True, text=True)
     assert built.returncode == 0, built.stderr

@@ -50,6 +50,7 @@ def attributes_of(config: type[Any]) -> dict[str, str]:
 
 
 def options_of(hint: Any) -> tuple[Any, ...]:
+    """The types that a union joins, or the one type there is."""
     return typing.get_args(hint) if typing.get_origin(hint) in (types.UnionType, typing.Union) else (hint,)
 
 

@@ -102,7 +102,7 @@ struct ModelPair {
   };
 
   ModelPair(const Logits& aligned, const Logits& base, const Cut& cut, int64_t row)
-      : cut(cut), a(row_of<T>(aligned, row)), b(row_of<T>(base, row)), entries(cut.size) {
+      : cut(cut), a(row_of<T>(aligned, row)), b(row_of<T>(base, row)) {
     guess_offsets();
   }
 
@@ -118,11 +118,6 @@ struct ModelPair {
   PairOffsets offsets;
   double log2_a = 0, log2_b = 0;  // partitions, offsets included
   double log_ratio = 0;           // lse(b) - lse(a): d above it is base-favored
-  int64_t entries;                // that are present
-
-  FavoredAtMost at_most(int64_t favored) const {
-    return favored < entries ? FavoredAtMost{float(log_ratio), favored} : favored_at_most(a, b, cut.size);
-  }
 
  private:
   void guess_offsets();
@@ -151,8 +146,7 @@ void ModelPair<T, kRankings>::start_carefully() {
   offsets = PairOffsets();
   const Float lowest = splat(-kInfinity);
   Float largest_a = lowest, largest_b = lowest;
-  int64_t absent = 0;
-  entries = 0;
+  int64_t entries = 0, absent = 0;
   const auto add = [&](Float xa, Float xb, Mask exists) {
     const Mask here = both(exists, finite(xa, xb));
     entries += count(here);
@@ -204,6 +198,8 @@ bool ModelPair<T, kRankings>::conclude(const PairSums& sums) {
   const double ratio = (log2_b - log2_a) / double(float(kLog2E)) + (double(offsets.max_b) - offsets.max_a);
   const double widest = std::numeric_limits<float>::max();  // only maxima of 3e38 are further apart
   log_ratio = std::max(-widest, std::min(widest, ratio));
+  const float rounded = float(log_ratio), threshold = between_differences(rounded, a, b, cut.size);
+  if (threshold != rounded) log_ratio = threshold;
   return true;
 }
 
@@ -340,7 +336,7 @@ typename BaseFavoredRow<T>::Part BaseFavoredRow<T>::collect(int64_t segment, std
 
 template <class T>
 void BaseFavoredRow<T>::finish(const Part& part, const std::vector<Candidates>& candidates) const {
-  write(pair.at_most(part.favored).count, -1, -kInfinity);
+  write(part.favored, -1, -kInfinity);
   for (int64_t i = 0; i < candidates[0].size(); ++i) {
     args.indices[row * args.top_k + i] = candidates[0].index(i);
     args.differences[row * args.top_k + i] = candidates[0].key(i);

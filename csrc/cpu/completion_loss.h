@@ -97,7 +97,7 @@ void CompletionLossRow<T>::select_members(Candidates& candidates, int64_t count,
       members_[size_t(i)] = emitted ? LossMember{index, candidates.x(i), candidates.y(i)} : member(index);
     }
   }
-  count_ = count < present_ ? count : favored_at_most(reference(), b_, cut_.size).count;
+  count_ = count;
   alpha_ = args_.alpha_base * (1.0 + args_.gamma * double(count_) / double(present_));
   double squares = 0.0, sum = 0.0;
   for (const LossMember& m : members_) {

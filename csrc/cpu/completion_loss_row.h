@@ -404,7 +404,8 @@ bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   const bool usable = std::abs(log2_s_) < limit && std::abs(log2_t_) < limit && std::abs(log2_r) < limit &&
                       std::abs(log2_b) < limit && std::abs(sums.divergence) < double(kInfinity);
   if (!usable && !careful_) return false;
-  threshold_ = float((log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r));
+  const double ratio = (log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r);
+  threshold_ = between_differences(float(ratio), reference(), b_, cut_.size);
   if (cancels() || is_flat(sums.s, sums.peak_s) || is_flat(sums.t, sums.peak_t)) {
     const float shift = float(log_ratio_);
     const LossSums fine = scan_finely(sums, shift);

@@ -163,7 +163,7 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
 template <class T, int kRanks>
 void PositionDivergenceRow<T, kRanks>::finish(const Part& part, const std::vector<Candidates>& candidates) const {
   const Candidates &top_a = candidates[0], &top_b = candidates[1];
-  const auto [threshold, count] = pair.at_most(part.favored);
+  const float threshold = float(pair.log_ratio);
   const float last = top_b.key(top_b.size() - 1);
   const int32_t last_index = top_b.index(top_b.size() - 1);
   int64_t shared = 0, favored = 0;
@@ -178,7 +178,7 @@ void PositionDivergenceRow<T, kRanks>::finish(const Part& part, const std::vecto
   args_.reverse_kl[row_] = float(std::max(0.0, part.b));
   args_.jsd[row_] = float(0.125 * part.shares);
   args_.top_overlap[row_] = float(double(shared) / double(top_a.size()));
-  args_.favored_count[row_] = count;
+  args_.favored_count[row_] = part.favored;
   args_.favored_in_top[row_] = favored;
   if constexpr (kRanks == kByAll) {
     int64_t in_base_top = 0;

@@ -85,28 +85,21 @@ DEEPALIGN_INLINE auto finite(V x, Vs... rest) {
   return both(finite(x), finite(rest...));
 }
 
-// What is favored by b over a, if rounding makes it all that is present: probabilities sum to 1, so an entry with the least
-// difference is not, and where all differences are equal none is.
-struct FavoredAtMost {
-  float threshold;
-  int64_t count;
-};
+// lse(b) - lse(a) is the logarithm of a mean of exp(b - a), so no less than the least difference and no more than the
+// largest. Where rounding says otherwise (models that are equal but for a shift), the nearer of these takes its place, or
+// every entry would be base-favored. Ordinary rows have entries on both sides in their first step, and are left there.
 template <class T>
-[[gnu::noinline]] FavoredAtMost favored_at_most(const T* a, const T* b, int64_t size) {
-  Float least = splat(kInfinity);
-  const auto over_row = [&](const auto& body) {  // d is NaN where entries are absent
-    for (int64_t i = 0; i < size; i += kStep) {
-      body(load_step(b + i, size - i) - load_step(a + i, size - i), first_entries<T>(size - i));
-    }
-  };
-  over_row([&](Pair d, MaskPair exists) {
-    d = choose(exists, d, splat(kNaN));
-    least = min(d.second, min(d.first, least));  // in this order NaN is passed over
-  });
-  const float threshold = 0.0f - largest_lane(splat(0) - least);
-  int64_t favored = 0;
-  over_row([&](Pair d, MaskPair exists) { favored += count(both(exists, greater(d, splat(threshold)))); });
-  return {threshold, favored};
+[[gnu::noinline]] float between_differences(float ratio, const T* a, const T* b, int64_t size) {
+  Float least = splat(kInfinity), largest = splat(-kInfinity);
+  bool above = false, below = false;
+  for (int64_t i = 0; i < size; i += kStep) {
+    const Pair read = load_step(b + i, size - i) - load_step(a + i, size - i);  // NaN where entries are absent
+    const Pair d = choose(first_entries<T>(size - i), read, splat(kNaN));
+    above |= any(greater_equal(d, splat(ratio))), below |= any(greater_equal(twice(splat(ratio)), d));
+    if (above && below) return ratio;
+    least = min(d.second, min(d.first, least)), largest = max(d.second, max(d.first, largest));  // NaN is passed over
+  }
+  return above ? 0.0f - largest_lane(splat(0) - least) : largest_lane(largest);
 }
 
 // The offset, in whole bits, that makes 2^(scale x - offset) about 1 at x; false if it is out of the ordinary range.

@@ -5,6 +5,8 @@ reverse direction that of the teacher's logit to a float (2e-6 at 50) is multipl
 in `uniform` is up to 100.
 """
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from torch import Tensor
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss
 from deepalign.kernels.position_divergence import base_favored_tokens, position_divergence
-from tests.kernels.loss_helpers import check_against_wide_rows, needs_native, tolerance_at
+from tests.kernels.loss_helpers import check_against_wide_rows, loss_and_gradient, needs_native, tolerance_at
 from tests.kernels.samples import Case, pairwise
 
 pytestmark = needs_native
@@ -130,7 +132,20 @@ def test_no_entry_is_favored_where_all_are_shifted_alike(shift: float) -> None:
         counts = [
             base_favored_tokens(*pair, top_k=1, implementation="cpu").count,
             *position_divergence(*pair, implementation="cpu")[-2:],
-            fused_completion_loss(pair[0], *pair, implementation="cpu").base_favored_count,
         ]
+        for favored_from, inplace in itertools.product(("aligned", "student"), (False, True)):
+            config = CompletionLossConfig(favored_from=favored_from)
+            output, _ = loss_and_gradient(pair[0], *pair, config=config, inplace=inplace, implementation="cpu")
+            counts.append(output.base_favored_count)
         for count in counts:
             assert not bool(count.any())
+
+
+@pytest.mark.parametrize("vocab", [7, 4096, 128256])
+def test_nothing_is_between_models_whose_logits_are_all_equal(vocab: int) -> None:
+    """Equal terms are all rounded alike where they are added up, to 2e-6 of their sum."""
+    constants = torch.tensor([0.3, -1.7, 5.1])[:, None].expand(3, vocab)
+    output = position_divergence(constants, torch.full_like(constants, 0.77), top_n=1, implementation="cpu")
+    for divergence in output[:3]:
+        assert float(divergence.max()) <= 4e-7
+    assert output.favored_count.tolist() == [0, 0, 0]

@@ -79,6 +79,18 @@ def small(split: int = 4, block: int = 512, vocab: int = 2051) -> object:
     return sizes("completion_loss", block=block, share=-(-vocab // split), programs=1)
 
 
+@pytest.mark.parametrize("favored_from", ["aligned", "student"])
+def test_no_entry_is_favored_where_all_are_shifted_alike(favored_from: str) -> None:
+    """The models are equal. Base-favored everywhere is what rounding says here without a floor for the threshold."""
+    aligned = (torch.randn(8, 1040, generator=torch.Generator().manual_seed(3)) * 8).round() / 2
+    base = aligned + torch.linspace(0.5, 4.0, 8)[:, None]
+    with small(2, vocab=1040):
+        output, _ = loss_and_gradient(
+            aligned, aligned, base, config=config(favored_from=favored_from), inplace=True, **RUN
+        )
+    assert output.base_favored_count.tolist() == [0] * 8
+
+
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_any_number_of_rows(rows: int) -> None:
     models = three_models(rows, 130, dtype=torch.bfloat16)
@@ -239,12 +251,12 @@ def test_equal_models(kind: dict[str, str]) -> None:
     with small(2, vocab=1031):
         output, _ = loss_and_gradient(student, aligned, aligned.clone(), config=config(**kind), **RUN)
         if kind["favored_from"] == "aligned":
-            assert output.base_favored_count.tolist() == [0, 0]
+            assert output.base_favored_count.tolist() == [0] * 8
             assert output.top_k_indices.tolist() == [list(range(5))] * 2
         nothing = config(alpha_base=0.0, **kind)
         output, gradient = loss_and_gradient(aligned, aligned, aligned.clone(), config=nothing, **RUN)
         assert output.kl.tolist() == [0.0, 0.0]
-        assert output.base_favored_count.tolist() == [0, 0]
+        assert output.base_favored_count.tolist() == [0] * 8
         assert float(gradient.abs().max()) <= 3e-7
 
 

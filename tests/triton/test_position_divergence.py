@@ -47,6 +47,12 @@ def test_base_favored_tokens(rows: int, vocab: int, k: int, dtype: torch.dtype) 
         shared.test_base_favored_tokens("interpreted", rows, vocab, k, dtype)
 
 
+def test_no_entry_is_favored_where_all_are_shifted_alike() -> None:
+    aligned = (torch.randn(8, 1100, generator=torch.Generator().manual_seed(3)) * 8).round() / 2
+    output = position_divergence(aligned, aligned + 0.5, top_n=5, implementation="interpreted")
+    assert output.favored_count.tolist() == output.favored_in_top.tolist() == [0] * 8
+
+
 @pytest.mark.parametrize("shape", [(0, 9), (9,)], ids=str)
 def test_no_rows_and_a_single_row(shape: tuple[int, ...]) -> None:
     shared.test_no_rows_and_a_single_row("interpreted", shape)

@@ -27,6 +27,7 @@ BOUND = tl.constexpr(10)
 PRESENT = tl.constexpr(11)
 BAD = tl.constexpr(12)
 CAREFUL = tl.constexpr(13)
+LEAST = tl.constexpr(14)
 WORDS = tl.constexpr(16)
 
 
@@ -61,11 +62,11 @@ def accumulate(
     s, a, b, here, sums, offsets, mix, scale, MASKED: tl.constexpr, FROM_LOGITS: tl.constexpr,
     DISTILL: tl.constexpr, TEACHER_STUDENT: tl.constexpr, FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
-    """Add entries, those `here`, to sums per lane: of exp s/tau, t/tau, r and b, of p (s - t), of s; and the largest d.
+    """Add entries, those `here`, to sums per lane: of exp s/tau, t/tau, r and b, of p (s - t), of s; and d's extremes.
 
     The sum of p (s - t) also watches over the inputs: any NaN or infinity in a row makes it, or a sum, not finite.
     """
-    sum_s, sum_t, sum_r, sum_b, divergence, total, largest = sums
+    sum_s, sum_t, sum_r, sum_b, divergence, total, largest, least = sums
     offset_s, offset_t, offset_r, offset_b = offsets
     lift = b - a  # in fp32: bf16 spacing at |z| ~ 16 is 0.125, and top-k would be all ties
     r = s if FROM_STUDENT else a
@@ -79,7 +80,9 @@ def accumulate(
         term = e_t * (t - s) if TEACHER_STUDENT else e_s * (s - t)
     else:
         e_s, e_t, term = e_b, e_r, e_b * d
+    d_or_more = d
     if MASKED:
+        d_or_more = tl.where(here, d, INFINITY)
         e_s, e_t = tl.where(here, e_s, 0.0), tl.where(here, e_t, 0.0)
         e_r, e_b = tl.where(here, e_r, 0.0), tl.where(here, e_b, 0.0)
         term, d, s = tl.where(here, term, 0.0), tl.where(here, d, -INFINITY), tl.where(here, s, 0.0)
@@ -87,7 +90,8 @@ def accumulate(
         sum_s, sum_t = sum_s + e_s, sum_t + e_t
     if CENTERED:
         total += s
-    return sum_s, sum_t, sum_r + e_r, sum_b + e_b, divergence + term, total, tl.maximum(largest, d)
+    largest, least = tl.maximum(largest, d), tl.minimum(least, d_or_more)
+    return sum_s, sum_t, sum_r + e_r, sum_b + e_b, divergence + term, total, largest, least
 
 
 @triton.jit
@@ -141,10 +145,15 @@ def row_facts(words_ptr, S: tl.constexpr):
 
 @triton.jit
 def favored_threshold(words_ptr, careful, S: tl.constexpr):
-    """lse(b) - lse(r): what d must exceed to count as base-favored."""
+    """lse(b) - lse(r): what d must exceed to count as base-favored.
+
+    It is a mean of d, so at least the least d; rounding may say otherwise where the models are equal but for a shift,
+    and all entries would count.
+    """
     b = partition(words_ptr, OFFSET_B, SUM_B, careful, LOG2E, S)
     r = partition(words_ptr, OFFSET_R, SUM_R, careful, LOG2E, S)
-    return partition_difference(b, r, careful, LOG2E)
+    least = tl.min(read_words(words_ptr, LEAST, S))
+    return tl.maximum(partition_difference(b, r, careful, LOG2E), least)
 
 
 @triton.jit

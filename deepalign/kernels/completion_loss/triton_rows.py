@@ -8,6 +8,7 @@ from deepalign.kernels.completion_loss.triton_math import (
     BOUND,
     CAREFUL,
     DIVERGENCE,
+    LEAST,
     OFFSET_B,
     OFFSET_R,
     OFFSET_S,
@@ -83,7 +84,7 @@ def _add_share(
     """The sums over this program's tiles: the first and the last of the row masked, those between at full width."""
     P: tl.constexpr = BLOCK // 2
     zero = tl.zeros([P], tl.float32)
-    sums = (zero, zero, zero, zero, zero, zero, tl.full([P], -INFINITY, tl.float32))
+    sums = (zero, zero, zero, zero, zero, zero, tl.full([P], -INFINITY, tl.float32), tl.full([P], INFINITY, tl.float32))
     if CAREFUL_:
         for tile in range(part, tiles, S):
             sums = _add_tile(
@@ -143,7 +144,7 @@ def _read_share(
         s_ptr, a_ptr, b_ptr, part, tiles, shift, vocab, offsets, mix, scale, False,
         S, BLOCK, ALIGN, DISTILL, TEACHER_STUDENT, FROM_STUDENT, CENTERED,
     )  # fmt: skip
-    sum_s, sum_t, sum_r, sum_b, divergence, total, largest = sums
+    sum_s, sum_t, sum_r, sum_b, divergence, total, largest, least = sums
     z_s, z_t, z_r, z_b, z_d = tl.sum(sum_s), tl.sum(sum_t), tl.sum(sum_r), tl.sum(sum_b), tl.sum(divergence)
     o_s, o_t, o_r, o_b = offsets
     z_total = tl.sum(total)
@@ -152,8 +153,8 @@ def _read_share(
     sound = finite(z_s) & finite(z_t) & finite(z_r) & finite(z_b) & finite(z_d)
     if not (sound & finite(o_s + o_t + o_r + o_b)):
         careful += 1.0
-        least, none = tl.full([BLOCK], -INFINITY, tl.float32), tl.zeros([BLOCK], tl.int32)
-        found = (least, least, least, least, none, none)
+        nothing, none = tl.full([BLOCK], -INFINITY, tl.float32), tl.zeros([BLOCK], tl.int32)
+        found = (nothing, nothing, nothing, nothing, none, none)
         for tile in range(part, tiles, S):
             exists = tile_mask(tile, shift, vocab, BLOCK)
             at = tile * BLOCK + tl.arange(0, BLOCK)
@@ -169,7 +170,7 @@ def _read_share(
             s_ptr, a_ptr, b_ptr, part, tiles, shift, vocab, (o_s, o_t, o_r, o_b), mix, scale, True,
             S, BLOCK, ALIGN, DISTILL, TEACHER_STUDENT, FROM_STUDENT, CENTERED,
         )  # fmt: skip
-        sum_s, sum_t, sum_r, sum_b, divergence, total, largest = sums
+        sum_s, sum_t, sum_r, sum_b, divergence, total, largest, least = sums
         z_s, z_t, z_r, z_b, z_d = tl.sum(sum_s), tl.sum(sum_t), tl.sum(sum_r), tl.sum(sum_b), tl.sum(divergence)
         z_total = tl.sum(total)
     bound = tl.full((), INFINITY, tl.float32) if GIVEN else lower_bound(largest, k, BOUND_ROUNDS)
@@ -177,6 +178,7 @@ def _read_share(
     publish(words_ptr, SUM_R, z_r)
     publish(words_ptr, OFFSET_B, o_b)
     publish(words_ptr, SUM_B, z_b)
+    publish(words_ptr, LEAST, tl.min(least))
     publish(words_ptr, BOUND, bound)
     publish(words_ptr, PRESENT, n_present.to(tl.float32))
     publish(words_ptr, BAD, n_bad.to(tl.float32))

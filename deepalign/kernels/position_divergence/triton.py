@@ -123,8 +123,8 @@ def _eight_shares(u):
 
 @triton.jit
 def _add(a, b, here, sums, offset_a, offset_b, MASKED: tl.constexpr, CAREFUL: tl.constexpr):
-    """Sums of e_a = exp(a - offset), e_b, e_a (b - a), e_b (b - a), and the largest a and b, per lane."""
-    sum_a, sum_b, lift_a, lift_b, top_a, top_b = sums
+    """Sums of e_a = exp(a - offset), e_b, e_a (b - a), e_b (b - a), the largest a and b, the least b - a, per lane."""
+    sum_a, sum_b, lift_a, lift_b, top_a, top_b, least = sums
     d = b - a
     e_a, e_b = exponential(a, offset_a, LOG2E, CAREFUL), exponential(b, offset_b, LOG2E, CAREFUL)
     u_a, u_b = e_a * d, e_b * d
@@ -133,8 +133,9 @@ def _add(a, b, here, sums, offset_a, offset_b, MASKED: tl.constexpr, CAREFUL: tl
     if MASKED:
         e_a, e_b = tl.where(here, e_a, 0.0), tl.where(here, e_b, 0.0)
         u_a, u_b = tl.where(here, u_a, 0.0), tl.where(here, u_b, 0.0)
-        a, b = tl.where(here, a, -INFINITY), tl.where(here, b, -INFINITY)
-    return sum_a + e_a, sum_b + e_b, lift_a + u_a, lift_b + u_b, tl.maximum(top_a, a), tl.maximum(top_b, b)
+        a, b, d = tl.where(here, a, -INFINITY), tl.where(here, b, -INFINITY), tl.where(here, d, INFINITY)
+    top_a, top_b, least = tl.maximum(top_a, a), tl.maximum(top_b, b), tl.minimum(least, d)
+    return sum_a + e_a, sum_b + e_b, lift_a + u_a, lift_b + u_b, top_a, top_b, least
 
 
 @triton.jit
@@ -189,10 +190,13 @@ def _measure(a_ptr, b_ptr, tiles, shift, vocab, BLOCK: tl.constexpr):
 
 @triton.jit
 def _read_row(a_ptr, b_ptr, tiles, shift, vocab, BLOCK: tl.constexpr, ALIGN: tl.constexpr):
-    """Sweep 1: partitions, divergences, the largest per lane. Offsets are in bits; in logits if the row is careful."""
+    """Sweep 1: partitions, divergences, the largest per lane, and the least b - a, which a threshold cannot be below.
+
+    Offsets are in bits; in logits if the row is careful.
+    """
     P: tl.constexpr = BLOCK // 2
-    zero, least = tl.zeros([P], tl.float32), tl.full([P], -INFINITY, tl.float32)
-    nothing = (zero, zero, zero, zero, least, least)
+    zero, lowest = tl.zeros([P], tl.float32), tl.full([P], -INFINITY, tl.float32)
+    nothing = (zero, zero, zero, zero, lowest, lowest, tl.full([P], INFINITY, tl.float32))
     offset_a = whole_offset(tl.load(a_ptr + shift).to(tl.float32), LOG2E)
     offset_b = whole_offset(tl.load(b_ptr + shift).to(tl.float32), LOG2E)
     sums = nothing
@@ -203,7 +207,7 @@ def _read_row(a_ptr, b_ptr, tiles, shift, vocab, BLOCK: tl.constexpr, ALIGN: tl.
         tile = edge * (tiles - 1)
         if _is_edge(edge, tiles, shift, vocab, BLOCK):
             sums = _add_tile(a_ptr, b_ptr, tile, shift, vocab, sums, offset_a, offset_b, True, False, BLOCK, ALIGN)
-    sum_a, sum_b, lift_a, lift_b, top_a, top_b = sums
+    sum_a, sum_b, lift_a, lift_b, top_a, top_b, least = sums
     z_a, z_b, l_a, l_b = tl.sum(sum_a), tl.sum(sum_b), tl.sum(lift_a), tl.sum(lift_b)
     careful, bad = tl.full((), False, tl.int1), tl.full((), False, tl.int1)
     if not (
@@ -214,9 +218,9 @@ def _read_row(a_ptr, b_ptr, tiles, shift, vocab, BLOCK: tl.constexpr, ALIGN: tl.
         sums = nothing
         for tile in range(0, tiles):
             sums = _add_tile(a_ptr, b_ptr, tile, shift, vocab, sums, offset_a, offset_b, True, True, BLOCK, ALIGN)
-        sum_a, sum_b, lift_a, lift_b, top_a, top_b = sums
+        sum_a, sum_b, lift_a, lift_b, top_a, top_b, least = sums
         z_a, z_b, l_a, l_b = tl.sum(sum_a), tl.sum(sum_b), tl.sum(lift_a), tl.sum(lift_b)
-    return bad, careful, offset_a, offset_b, z_a, z_b, l_a, l_b, top_a, top_b
+    return bad, careful, offset_a, offset_b, z_a, z_b, l_a, l_b, top_a, top_b, tl.min(least)
 
 
 @triton.jit
@@ -324,7 +328,7 @@ def divergence_kernel(
     a_top_ptr += row * n
     b_top_ptr += row * n
     tiles = (shift + vocab + BLOCK - 1) // BLOCK
-    bad, careful, offset_a, offset_b, z_a, z_b, lift_a, lift_b, top_a, top_b = _read_row(
+    bad, careful, offset_a, offset_b, z_a, z_b, lift_a, lift_b, top_a, top_b, least = _read_row(
         a_ptr, b_ptr, tiles, shift, vocab, BLOCK, ALIGN
     )
     nan = float("nan")
@@ -336,6 +340,8 @@ def divergence_kernel(
         threshold = ((offset_b - offset_a) * scale + (part_b[1] - part_a[1])) * LN2
         kl = tl.maximum(threshold - lift_a / z_a, 0.0)
         reverse = tl.maximum(lift_b / z_b - threshold, 0.0)
+        # A mean of the differences: where rounding says less than the least of them, all would count.
+        threshold = tl.maximum(threshold, least)
         jsd, total = _compare_row(a_ptr, b_ptr, tiles, shift, vocab, careful, threshold, part_a, part_b, BLOCK, ALIGN)
         if not LISTED:
             _top(

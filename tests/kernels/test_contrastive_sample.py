@@ -246,6 +246,18 @@ def test_compiles_without_a_graph_break_and_in_silence(
         torch.testing.assert_close(actual.logprobs, expected.logprobs)
 
 
+def test_a_compiled_call_draws_for_any_number_of_rows() -> None:
+    @torch.compile(fullgraph=True, dynamic=True, backend="eager")
+    def sample(aligned: Tensor, base: Tensor) -> ContrastiveSample:
+        return contrastive_sample(aligned, base, alpha=1.0)
+
+    for rows in (3, 5):
+        models = two_models(rows, 20)
+        expected = contrastive_sample(*models, alpha=1.0, generator=torch.manual_seed(rows))
+        torch.manual_seed(rows)
+        assert torch.equal(sample(*models).token_ids, expected.token_ids)
+
+
 @each_implementation
 def test_uniforms_of_a_compiled_call(implementation: str) -> None:
     """Its checks do not look at values: the native op does, and the reference draws what was kept all the same."""

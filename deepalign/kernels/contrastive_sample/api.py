@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import get_args
 
 import torch
@@ -109,8 +110,9 @@ def contrastive_sample(
     check_randomness(generator, uniforms, aligned_logits)
     chosen = choose_implementation(IMPLEMENTATIONS, implementation, aligned_logits.device, aligned_logits.dtype)
     if uniforms is None:  # only now: a refused call must not advance the generator
-        rows, device = aligned_logits.shape[:-1], aligned_logits.device
-        uniforms = torch.rand(rows, generator=generator, dtype=torch.float32, device=device)
+        # Named only where there is one: that overload of `rand` takes no symbolic number of rows (torch.compile).
+        rand = torch.rand if generator is None else partial(torch.rand, generator=generator)
+        uniforms = rand(aligned_logits.shape[:-1], dtype=torch.float32, device=aligned_logits.device)
     options = SampleOptions(
         alpha=float(alpha),
         temperature=float(temperature),

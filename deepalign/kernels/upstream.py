@@ -16,22 +16,40 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from deepalign.kernels.library import WHY_NO_TRITON
 
 
-def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """torch's `once_differentiable`, in its way only where a second derivative is asked for.
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated."""
 
-    It turns autograd off in Python, which takes 20 us when other code had the caches; the engine has turned it off.
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Tensor:
+        raise RuntimeError(
+            "a fused loss has a first derivative only, and was asked to differentiate twice; expected no second one: "
+            "use fused_completion_loss(..., implementation='reference'), without inplace, or detach the gradient"
+        )
+
+
+def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A second derivative becomes an error: how a gradient saved by the forward was computed autograd does not know.
+
+    torch's `once_differentiable` looks at the upstream gradient alone; where that needs no gradient it takes the
+    second derivative for 0. Without `create_graph` the engine has turned autograd off, and nothing is in the way.
     """
-    guarded = once_differentiable(backward)
 
     @wraps(backward)
     def call(ctx: Any, *upstream: Tensor | None) -> Any:
-        return (guarded if torch.is_grad_enabled() else backward)(ctx, *upstream)
+        if not torch.is_grad_enabled():
+            return backward(ctx, *upstream)
+        with torch.no_grad():
+            gradients = backward(ctx, *upstream)
+        return tuple(None if found is None else _Once.apply(found.detach().requires_grad_()) for found in gradients)
 
     return call
 
@@ -51,7 +69,8 @@ def times_upstream(saved: list[Tensor], place: int, upstream: Tensor, *, given_a
         upstream: one number (), or one per row (...,).
         given_away: whoever else refers to the gradient's memory does not use it any more.
     """
-    known = type(upstream) in (Tensor, Parameter) and not torch.compiler.is_compiling()  # not traced
+    # neither traced nor without values
+    known = type(upstream) in (Tensor, Parameter) and not (upstream.is_meta or torch.compiler.is_compiling())
     if known and is_not_waited_for(upstream):
         if (given_away and not _graph_is_kept()) or is_alone(saved, place):
             return _scale_rows_(saved[place], upstream)

@@ -109,8 +109,9 @@ def test_opcheck_of_the_reducing_op(mean: bool, total: bool) -> None:
 @pytest.mark.parametrize("inplace", [False, True])
 def test_a_second_derivative_is_refused(inplace: bool) -> None:
     student, aligned, base = three_models(3, 40)
-    logits, upstream = student.requires_grad_() * 1, torch.tensor(1.0, requires_grad=True)
-    loss = fused_completion_loss(logits, aligned, base, config=CONFIG, inplace=inplace).loss
-    (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        gradient.sum().backward()
+    student.requires_grad_()
+    for upstream in (None, torch.tensor(1.0), torch.tensor(1.0, requires_grad=True)):
+        loss = fused_completion_loss(student * 1, aligned, base, config=CONFIG, inplace=inplace).loss
+        (gradient,) = torch.autograd.grad(loss, student, upstream, create_graph=True)
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            (gradient.square().sum() + student.sum()).backward()

@@ -161,6 +161,22 @@ def test_autocast_leaves_mixed_dtypes_and_float64_alone() -> None:
 
 
 @every_way
+def test_a_second_derivative_is_refused(reduction: str, recompute: bool) -> None:
+    models = linear_models(4).trained()
+    loss = fused_linear_completion_loss(*models, config=CONFIG, reduction=reduction, recompute=recompute).loss
+    gradients = torch.autograd.grad(3.0 * loss.sum(), tuple(models.leaves()), create_graph=True)
+    for gradient in gradients:
+        with pytest.raises(RuntimeError, match="differentiate twice"):
+            gradient.square().sum().backward(retain_graph=True)
+
+
+def test_backward_without_values() -> None:
+    models = Models(*(tensor.to("meta") for tensor in linear_models(4))).trained()
+    fused_linear_completion_loss(*models, config=CONFIG, implementation="reference").loss.backward()
+    assert [leaf.grad.shape for leaf in models.leaves()] == [leaf.shape for leaf in models.leaves()]
+
+
+@every_way
 def test_compiles_without_a_graph_break(reduction: str, recompute: bool) -> None:
     models = linear_models(5).trained()
     weight = torch.tensor([1.0, 0.0, 2.0, 0.0, 1.0])

@@ -30,7 +30,7 @@ from deepalign.kernels.half_products import HalfProducts
 from deepalign.kernels.library import LIBRARY, autograd_inside_an_op
 from deepalign.kernels.linear_rows import Head, logits_
 from deepalign.kernels.products import product_, product_route, row_levels
-from deepalign.kernels.upstream import take_saved, times_upstream
+from deepalign.kernels.upstream import first_derivative_only, take_saved, times_upstream
 
 _MODELS = (
     "Tensor student_hidden, Tensor student_lm_head, Tensor aligned_hidden, Tensor aligned_lm_head, "
@@ -288,6 +288,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(output[-2], output[-1])
 
 
+@first_derivative_only
 def _backward(ctx: Any, upstream: Tensor | None, *unused: Tensor) -> tuple[Tensor | None, ...]:
     nothing = (None,) * (ctx.count - 2)
     if upstream is None:

@@ -80,6 +80,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(output[-1])
 
 
+@first_derivative_only
 def _backward(ctx: Any, loss_gradient: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     return (times_upstream(take_saved(ctx), 0, loss_gradient), *(None,) * (len(ctx.needs_input_grad) - 1))
 

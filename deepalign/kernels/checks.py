@@ -43,6 +43,7 @@ def check_logits(vocab_size: int | None, **logits: Tensor) -> int:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; expected one of {_names(LOGITS_DTYPES)}: convert it first"
             )
+        check_dense(name, tensor)
         if tensor.dim() == 0 or tensor.shape[-1] == 0:
             raise ValueError(
                 f"{name} has shape {tuple(tensor.shape)}; expected (..., V) with at least one vocabulary entry"
@@ -64,6 +65,13 @@ def check_logits(vocab_size: int | None, **logits: Tensor) -> int:
                 "shape: if one vocabulary is padded, slice all logits to the entries that they share"
             )
     return check_vocab_size(vocab_size, first.shape[-1])
+
+
+def check_dense(name: str, tensor: Tensor) -> None:
+    """Raise TypeError for a sparse or nested tensor."""
+    if tensor.layout != torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} is {kind}; expected a dense tensor: convert it, for example with .to_dense()")
 
 
 def check_vocab_size(vocab_size: int | None, width: int) -> int:
@@ -115,7 +123,10 @@ def check_number(name: str, value: object, *, minimum: float = -math.inf, above:
     # The first two say the same; asking an abstract class takes ten times as long.
     if type(value) is not float and type(value) is not int and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} is {value!r}, a {type(value).__name__}; expected a number")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int that no double holds
+        number = math.inf
     # Compared rather than given to math.isfinite: under torch.compile the number may be symbolic.
     if not (-math.inf < number < math.inf and number >= minimum and number > above):
         bound = f" > {above:g}" if above > -math.inf else f" >= {minimum:g}" if minimum > -math.inf else ""

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepalign.kernels.checks import LOGITS_DTYPES, check_int, check_number, check_vocab_size
+from deepalign.kernels.checks import LOGITS_DTYPES, check_dense, check_int, check_number, check_vocab_size
 from deepalign.kernels.products import product_
 
 
@@ -94,6 +94,7 @@ def _check_tensor(name: str, tensor: object) -> None:
         )
     if tensor.dtype not in LOGITS_DTYPES:
         raise TypeError(f"{name} has dtype {tensor.dtype}; expected bf16, fp16, fp32 or fp64: convert it first")
+    check_dense(name, tensor)
 
 
 def _check_model(name: str, hidden: Tensor, lm_head: Tensor) -> None:

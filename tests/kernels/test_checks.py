@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
         ([[0.0]], TypeError, "base_logits is a list; expected a torch.Tensor"),
         (LOGITS.long(), TypeError, "base_logits has dtype torch.int64; expected one of torch.bfloat16"),
         (LOGITS.bfloat16(), TypeError, "base_logits is torch.bfloat16 and .* is torch.float32; expected one dtype"),
+        (LOGITS.to_sparse(), TypeError, "base_logits is torch.sparse_coo; expected a dense tensor"),
         (torch.tensor(0.0), ValueError, r"base_logits has shape \(\); expected \(..., V\)"),
         (torch.zeros(2, 3, 0), ValueError, r"base_logits has shape \(2, 3, 0\); expected \(..., V\)"),
         (torch.zeros(2, 3, 9), ValueError, r"base_logits has shape \(2, 3, 9\) and .* \(2, 3, 8\)"),

@@ -21,7 +21,7 @@ each_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
     [
         ({"alpha": INF}, ValueError, "alpha is inf"),
         ({"alpha": True}, TypeError, "alpha is True, a bool"),
-        ({"alpha": 10**400}, OverflowError, "too large"),
+        ({"alpha": 10**400}, ValueError, "alpha is 1000.*; expected a finite number"),
         ({"temperature": NAN}, ValueError, "temperature is nan"),
         ({"top_k": -1}, ValueError, "top_k is -1"),
         ({"top_k": True}, TypeError, "top_k is True"),
@@ -83,7 +83,7 @@ def test_refuses_a_plain_call_s_randomness(
 def test_an_int_beyond_a_double_draws_nothing(name: str) -> None:
     before = torch.get_rng_state()
     for value in (10**400, 2**1024):
-        with pytest.raises(OverflowError):
+        with pytest.raises(ValueError, match=f"{name} is .*; expected a finite number"):
             contrastive_sample(torch.zeros(2, 8), torch.zeros(2, 8), **{"alpha": 1.0, name: value})
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.forward_ad import unpack_dual
 from torch.nn import Parameter
 
 from deepalign.kernels.library import WHY_NO_TRITON
@@ -36,6 +37,10 @@ class _Once(torch.autograd.Function):
         )
 
 
+# A private call; a torch without it fails in `Tensor.item`, loudly.
+_is_batched: Callable[[Tensor], bool] = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda _: False)
+
+
 def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A second derivative becomes an error: how a gradient saved by the forward was computed autograd does not know.
 
@@ -54,6 +59,20 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
+def has_tangent(tensor: Tensor) -> bool:
+    """Whether forward-mode differentiation is in progress and follows this tensor."""
+    return not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None
+
+
+def check_no_tangent(name: str, tensor: Tensor) -> None:
+    """Raise RuntimeError for what `has_tangent`: an op without autograd would drop the tangent, silently."""
+    if has_tangent(tensor):
+        raise RuntimeError(
+            f"{name} has a tangent of forward-mode differentiation, of which a fused loss has none; expected reverse "
+            "mode: use backward(), or fused_completion_loss(..., implementation='reference')"
+        )
+
+
 def take_saved(ctx: Any) -> list[Tensor]:
     """The tensors that a node has saved. If the graph is not kept it has none of them afterwards."""
     saved = list(ctx.saved_tensors)
@@ -69,8 +88,7 @@ def times_upstream(saved: list[Tensor], place: int, upstream: Tensor, *, given_a
         upstream: one number (), or one per row (...,).
         given_away: whoever else refers to the gradient's memory does not use it any more.
     """
-    # neither traced nor without values
-    known = type(upstream) in (Tensor, Parameter) and not (upstream.is_meta or torch.compiler.is_compiling())
+    known = _has_values(upstream)
     if known and is_not_waited_for(upstream):
         if (given_away and not _graph_is_kept()) or is_alone(saved, place):
             return _scale_rows_(saved[place], upstream)
@@ -87,6 +105,12 @@ def times_upstream(saved: list[Tensor], place: int, upstream: Tensor, *, given_a
     product = torch.mul(gradient, factors, out=torch.empty_like(gradient))
     # Padding, and rows that are not read, have no gradient, also where the factor is infinite.
     return product if bool(torch.isfinite(upstream).all()) else product.masked_fill_(gradient == 0, 0)
+
+
+def _has_values(upstream: Tensor) -> bool:
+    """Whether it is one tensor that could be looked at: not traced, not `is_grads_batched`, not on the meta device."""
+    plain = type(upstream) in (Tensor, Parameter) and not (upstream.is_meta or torch.compiler.is_compiling())
+    return plain and not _is_batched(upstream)
 
 
 def is_not_waited_for(upstream: Tensor) -> bool:

@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from deepalign.kernels import upstream
 from deepalign.kernels.completion_loss import CompletionLossConfig, fused_completion_loss, fused_linear_completion_loss
+from deepalign.kernels.library import WHY_NO_NATIVE
 from deepalign.kernels.upstream import is_alone, take_saved
 from tests.kernels.linear_helpers import linear_models, materialised
 from tests.kernels.loss_helpers import every_implementation, loss_and_gradient, needs_native
@@ -184,3 +186,34 @@ def test_a_product_with_the_upstream_gradient_is_rounded_once(dtype: torch.dtype
     assert torch.equal(scaled, (gradient.float() * by).to(dtype))
     rows = torch.tensor([1 / 3, 1.0, 0.7, -2.0])
     assert torch.equal(upstream.times_upstream([gradient], 0, rows), (gradient.float() * rows.unsqueeze(-1)).to(dtype))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_batch_of_upstream_gradients(recompute: bool) -> None:
+    """`is_grads_batched`, of a vectorised jacobian."""
+    models, (student, aligned, base) = linear_models(3).trained(), three_models(3, 40)
+    per_row: dict[str, Any] = {"config": CONFIG, "reduction": "none"}
+    linear_loss = fused_linear_completion_loss(*models, **per_row, recompute=recompute).loss
+    loss = fused_completion_loss(student.requires_grad_(), aligned, base, **per_row).loss
+    for rows, leaves in ((linear_loss, models.leaves()), (loss, [student])):
+        batched = torch.autograd.grad(rows, leaves, torch.eye(3), is_grads_batched=True, retain_graph=True)
+        for one in range(3):
+            alone = torch.autograd.grad(rows[one], leaves, retain_graph=True)
+            for gradients, gradient in zip(batched, alone, strict=True):
+                torch.testing.assert_close(gradients[one], gradient)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")  # what torch's forward mode imports
+def test_forward_mode_is_refused() -> None:
+    """Without a gradient required, too, where no autograd function is there to refuse it."""
+    models, logits = linear_models(3), three_models(3, 40)
+    with forward_ad.dual_level():
+        for name in ("student_hidden", "student_lm_head"):
+            given = getattr(models, name)
+            dual = models._replace(**{name: forward_ad.make_dual(given, given)})
+            with pytest.raises(RuntimeError, match=f"{name} has a tangent"):
+                fused_linear_completion_loss(*dual, config=CONFIG)
+        for shape in ((3, 40), (1, 3, 40)) if WHY_NO_NATIVE is None else ():
+            student, aligned, base = (tensor.view(shape) for tensor in logits)
+            with pytest.raises(RuntimeError, match="student_logits has a tangent"):
+                fused_completion_loss(forward_ad.make_dual(student, student), aligned, base, config=CONFIG)

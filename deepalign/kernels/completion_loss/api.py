@@ -24,6 +24,7 @@ from deepalign.kernels.completion_loss.op import OP_INTO, CompletionLossRows, co
 from deepalign.kernels.completion_loss.reference import completion_loss_rows, completion_loss_rows_and_gradient
 from deepalign.kernels.eager_math import divided_by_sum
 from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
+from deepalign.kernels.upstream import has_tangent
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = get_args(Reduction)
@@ -144,6 +145,7 @@ def _at_once(
         or not (vocab_size is None or type(vocab_size) is int)
         or not (type(reduction) is str and reduction in REDUCTIONS)
         or not (type(student_NV) in STUDENTS and student_NV.is_cpu and student_NV.dim() == 2)
+        or has_tangent(student_NV)
         or not (is_plain(aligned_NV) and is_plain(base_NV))
         or not (kl_weight_N is None or (is_plain(kl_weight_N) and kl_weight_N.dim() == 1))
         or not (completion_weight_N is None or (is_plain(completion_weight_N) and completion_weight_N.dim() == 1))

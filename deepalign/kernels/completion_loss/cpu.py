@@ -12,12 +12,14 @@ from torch import Tensor
 from deepalign.kernels.completion_loss.config import CompletionLossInputs, CompletionLossOutput
 from deepalign.kernels.completion_loss.op import OP_INTO, completion_loss_with_gradient, op_arguments
 from deepalign.kernels.library import dense_rows, index_rows
+from deepalign.kernels.upstream import check_no_tangent
 
 
 def completion_loss_rows(
     student_NV: Tensor, inputs: CompletionLossInputs, *, total: bool = False
 ) -> CompletionLossOutput:
     """The weighted loss of every row, or their sum; the gradient is computed along with it where it will be needed."""
+    check_no_tangent("student_logits", student_NV)
     student, arguments = dense_rows(student_NV), op_arguments(_flat(inputs))
     if torch.is_grad_enabled() and student_NV.requires_grad:
         return _shaped(completion_loss_with_gradient(student, arguments, total=total), student_NV)

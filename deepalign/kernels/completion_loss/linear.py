@@ -16,6 +16,7 @@ from deepalign.kernels.completion_loss.api import (
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossOutput
 from deepalign.kernels.library import index_rows
 from deepalign.kernels.linear_rows import check_logit_options, check_models, choose_chunk_rows, under_autocast
+from deepalign.kernels.upstream import check_no_tangent
 
 
 def fused_linear_completion_loss(
@@ -84,6 +85,8 @@ def fused_linear_completion_loss(
     check_selection(config, top_k_indices, student, vocab_size)
     kl_weight_N, completion_weight_N = row_weights(kl_weight, completion_weight, student, reduction)
     serving = implementation_name(IMPLEMENTATIONS, implementation, student.device, compute_dtype(student))
+    for name, tensor in (("student_hidden", student), ("student_lm_head", student_head)):
+        check_no_tangent(name, tensor)
     dhidden, dlm_head = _gradients_in_forward(student, student_head, reduction, recompute)
     if chunk_rows is None:
         chunk_rows = _chosen_chunk_rows(student, student_head, vocab_size, logit_softcap is not None, dhidden)

@@ -34,7 +34,8 @@ def check_logits(vocab_size: int | None, **logits: Tensor) -> int:
 
     Raises:
         TypeError: one is not a tensor, not bf16/fp16/fp32/fp64, or their dtypes differ; `vocab_size` is not an int.
-        ValueError: one has no vocabulary dimension, shapes or devices differ, or `vocab_size` is not in [1, V].
+        ValueError: one is a DTensor or has no vocabulary dimension, shapes or devices differ, or `vocab_size` is not
+            in [1, V].
     """
     for name, tensor in logits.items():
         if not isinstance(tensor, Tensor):
@@ -42,6 +43,11 @@ def check_logits(vocab_size: int | None, **logits: Tensor) -> int:
         if tensor.dtype not in LOGITS_DTYPES:
             raise TypeError(
                 f"{name} has dtype {tensor.dtype}; expected one of {_names(LOGITS_DTYPES)}: convert it first"
+            )
+        if (spread := placements(tensor)) is not None:
+            raise ValueError(
+                f"{name} is a DTensor {spread}; expected a plain tensor of whole rows: pass "
+                ".full_tensor(), or .to_local() where only tokens are sharded"
             )
         check_dense(name, tensor)
         if tensor.dim() == 0 or tensor.shape[-1] == 0:
@@ -65,6 +71,11 @@ def check_logits(vocab_size: int | None, **logits: Tensor) -> int:
                 "shape: if one vocabulary is padded, slice all logits to the entries that they share"
             )
     return check_vocab_size(vocab_size, first.shape[-1])
+
+
+def placements(tensor: Tensor) -> object | None:
+    """How a DTensor is spread over devices, None for other tensors; asked so that nothing distributed is imported."""
+    return getattr(tensor, "placements", None) if hasattr(tensor, "device_mesh") else None
 
 
 def check_dense(name: str, tensor: Tensor) -> None:

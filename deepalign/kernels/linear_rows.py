@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepalign.kernels.checks import LOGITS_DTYPES, check_dense, check_int, check_number, check_vocab_size
+from deepalign.kernels.checks import LOGITS_DTYPES, check_dense, check_int, check_number, check_vocab_size, placements
 from deepalign.kernels.products import product_
 
 
@@ -87,9 +87,9 @@ def _check_tensor(name: str, tensor: object) -> None:
         )
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; expected a torch.Tensor")
-    if hasattr(tensor, "device_mesh") and hasattr(tensor, "placements"):
+    if (spread := placements(tensor)) is not None:
         raise ValueError(
-            f"{name} is a DTensor {tensor.placements}; expected a whole tensor: gather it (.full_tensor()), or call "
+            f"{name} is a DTensor {spread}; expected a whole tensor: gather it (.full_tensor()), or call "
             "the loss inside the forward of the module that FSDP wraps. Vocabulary-parallel heads are not supported"
         )
     if tensor.dtype not in LOGITS_DTYPES:

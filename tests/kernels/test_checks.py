@@ -19,6 +19,12 @@ CONFIG = CompletionLossConfig(top_k=4)
 CPU = torch.device("cpu")
 
 
+class Spread(torch.Tensor):
+    """As a DTensor looks."""
+
+    device_mesh, placements = "two ranks", ("Shard(dim=-1)",)
+
+
 @pytest.mark.parametrize(
     ("base", "error", "message"),
     [
@@ -26,6 +32,7 @@ CPU = torch.device("cpu")
         (LOGITS.long(), TypeError, "base_logits has dtype torch.int64; expected one of torch.bfloat16"),
         (LOGITS.bfloat16(), TypeError, "base_logits is torch.bfloat16 and .* is torch.float32; expected one dtype"),
         (LOGITS.to_sparse(), TypeError, "base_logits is torch.sparse_coo; expected a dense tensor"),
+        (LOGITS.as_subclass(Spread), ValueError, r"base_logits is a DTensor \(.Shard.*; expected a plain tensor"),
         (torch.tensor(0.0), ValueError, r"base_logits has shape \(\); expected \(..., V\)"),
         (torch.zeros(2, 3, 0), ValueError, r"base_logits has shape \(2, 3, 0\); expected \(..., V\)"),
         (torch.zeros(2, 3, 9), ValueError, r"base_logits has shape \(2, 3, 9\) and .* \(2, 3, 8\)"),

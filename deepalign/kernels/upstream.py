@@ -60,13 +60,13 @@ def first_derivative_only(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def has_tangent(tensor: Tensor) -> bool:
-    """Whether forward-mode differentiation is in progress and follows this tensor."""
-    return not torch.compiler.is_compiling() and unpack_dual(tensor).tangent is not None
+    """Whether forward-mode differentiation is in progress and follows this tensor; not for traced calls."""
+    return unpack_dual(tensor).tangent is not None
 
 
 def check_no_tangent(name: str, tensor: Tensor) -> None:
     """Raise RuntimeError for what `has_tangent`: an op without autograd would drop the tangent, silently."""
-    if has_tangent(tensor):
+    if not torch.compiler.is_compiling() and has_tangent(tensor):
         raise RuntimeError(
             f"{name} has a tangent of forward-mode differentiation, of which a fused loss has none; expected reverse "
             "mode: use backward(), or fused_completion_loss(..., implementation='reference')"

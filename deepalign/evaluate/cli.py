@@ -65,7 +65,7 @@ def run(options: argparse.Namespace) -> int:
     return int(options.run(options))
 
 
-def parse_depths(text: str) -> list[int | None]:
+def parse_depths(text: str, name: str = "--depths") -> list[int | None]:
     """Depths as the command line writes them: `0,1,5,all`.
 
     Raises:
@@ -74,7 +74,7 @@ def parse_depths(text: str) -> list[int | None]:
     depths: list[int | None] = []
     for word in text.split(","):
         if not (word.strip() == "all" or word.strip().isdecimal()):
-            raise ValueError(f"--depths is {text!r}; expected numbers and all, separated by commas, as in 0,1,5,all")
+            raise ValueError(f"{name} is {text!r}; expected numbers and all, separated by commas, as in 0,1,5,all")
         depths.append(None if word.strip() == "all" else int(word))
     return depths
 
@@ -141,7 +141,9 @@ def _prefill(options: argparse.Namespace) -> int:
 
 
 def _reasoning(options: argparse.Namespace) -> int:
-    (depth,) = parse_depths(options.depth)
+    if "," in options.depth:
+        raise ValueError(f"--depth is {options.depth!r}; expected one number, or all")
+    (depth,) = parse_depths(options.depth, "--depth")
     report = run_reasoning(
         _subject(options),
         load_examples(options.data, options.limit),

@@ -17,6 +17,7 @@ import hashlib
 import importlib
 import inspect
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,6 +134,31 @@ def _judgezoo(name: str) -> Any:
     return JudgezooJudge.from_name(name)
 
 
+def check_judges(specs: Sequence[str], *, singly: bool = False) -> None:
+    """Refuse what `make_judge` would refuse, before anything is loaded; a classifier's weights are not loaded either.
+
+    Args:
+        specs: of judges, at least one, none twice.
+        singly: whether each must judge one answer at a time, as GCG asks it to while it searches.
+
+    Raises:
+        ValueError, FileNotFoundError, RuntimeError: which one, and what is wrong.
+    """
+    if not specs or len(set(specs)) != len(specs):
+        raise ValueError(f"expected at least one judge, and none twice; got {list(specs)}")
+    for spec in specs:
+        kind, _, rest = spec.partition(":")
+        if kind == "judgezoo" and rest:
+            _classifier(rest)
+            if find_spec("judgezoo") is None:
+                _judgezoo(rest)  # says what to install
+        elif not callable(make_judge(spec)) and singly:
+            raise ValueError(
+                f"GCG asks its judge about single answers while it searches, and {spec} has judge_batch only; give it "
+                "__call__(example, prefix, continuation), or put another judge first"
+            )
+
+
 def make_judge(spec: str) -> Judge | BatchJudge:
     """The judge that a specification of the module docstring names.
 
@@ -150,14 +176,23 @@ def make_judge(spec: str) -> Judge | BatchJudge:
     if kind == "keyword":
         return KeywordJudge(_phrases(rest))
     if kind == "judgezoo":
-        name, _, threshold = rest.partition(":")
-        return ClassifierJudge(name, float(threshold) if threshold else THRESHOLD)
+        return ClassifierJudge(*_classifier(rest))
     if kind in PLUG_INS:
         return cast(Judge, load_object(PLUG_INS[kind])(rest))
     judge = load_object(spec)
-    if not callable(judge) and not isinstance(judge, BatchJudge):
-        raise ValueError(f"the judge {spec} is a {type(judge).__name__}; expected a function or an object to call")
+    if inspect.isclass(judge) or not (callable(judge) or isinstance(judge, BatchJudge)):
+        what = "class" if inspect.isclass(judge) else type(judge).__name__
+        raise ValueError(f"the judge {spec} is a {what}; expected a function, or an object to call or with judge_batch")
     return cast(Judge, judge)
+
+
+def _classifier(rest: str) -> tuple[str, float]:
+    """Name and threshold of `judgezoo:NAME[:THRESHOLD]`."""
+    name, _, threshold = rest.partition(":")
+    try:
+        return name, float(threshold or THRESHOLD)
+    except ValueError:
+        raise ValueError(f"the threshold of judgezoo:{rest} is no number; expected one in (0, 1], as in 0.7") from None
 
 
 def _phrases(name: str) -> Sequence[str]:
@@ -165,6 +200,8 @@ def _phrases(name: str) -> Sequence[str]:
         return REFUSAL_LISTS[name]
     if not name.endswith(".txt"):
         raise ValueError(f"there is no phrase list {name!r}; known: {', '.join(REFUSAL_LISTS)}, or a .txt file")
+    if not Path(name).is_file():
+        raise FileNotFoundError(f"the phrase list {name} does not exist; give a text file with one phrase a line")
     lines = Path(name).read_text(encoding="utf-8").splitlines()
     return [line.strip() for line in lines if line.strip()]
 

@@ -178,11 +178,10 @@ class SeedRun:
         """GCG: seed -> counts."""
         settings = self.config.gcg
         examples = family.examples[: settings.requests]
-        judge = make_judge(family.judges[0])
-        if not callable(judge):
-            raise ValueError(f"GCG judges single answers while it searches, which {family.judges[0]} does not")
 
         def work(loaded: LoadedSubject, folder: Path) -> Result:
+            judge = make_judge(family.judges[0])
+            assert callable(judge)  # tables.check_needs
             folder.mkdir(parents=True, exist_ok=True)
             result = gcg_attack(
                 loaded.model,

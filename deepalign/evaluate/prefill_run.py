@@ -17,7 +17,7 @@ from deepalign.data.files import write_text_atomic
 from deepalign.data.resumable import Row
 from deepalign.evaluate.agreement import agreement_rows
 from deepalign.evaluate.answers import AnswerOptions, Question, Verdict, answer_questions, judge_answers
-from deepalign.evaluate.judges import make_judge
+from deepalign.evaluate.judges import check_judges, make_judge
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import OUTCOMES, SCOPES, AttackExample
 from deepalign.evaluate.plots import curve_styles, plot_attack_success
@@ -61,8 +61,7 @@ def attacked(
     Raises:
         ValueError: no judge or one twice, files of another run, or what `answer_questions` refuses.
     """
-    if not judges or len(set(judges)) != len(judges):
-        raise ValueError(f"expected at least one judge, and none twice; got {list(judges)}")
+    check_judges(judges)
     made = {spec: make_judge(spec) for spec in judges}  # refused before anything is generated
     questions = prefill_questions(loaded.tokenizer, examples, depths)
     rows = answer_questions(
@@ -113,6 +112,7 @@ def run_prefill(
         FileNotFoundError, ValueError, RuntimeError: what is wrong, before anything is generated where it can be known.
     """
     folder, started = Path(folder), time.perf_counter()
+    check_judges(judges)
     with load_subject(subject) as loaded:
         judged = attacked(loaded, examples, depths, judges, options, folder, progress=progress)
         results = {

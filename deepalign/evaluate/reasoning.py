@@ -116,6 +116,8 @@ def make_reasoning_judge(spec: str) -> ReasoningJudge:
     if kind == "deliberation":
         if not rest:
             return DeliberationRule()
+        if not Path(rest).is_file():
+            raise FileNotFoundError(f"the markers {rest} do not exist; give a text file with one marker a line")
         lines = Path(rest).read_text(encoding="utf-8").splitlines()
         return DeliberationRule([line.strip() for line in lines if line.strip()])
     if not rest:

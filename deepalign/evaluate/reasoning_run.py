@@ -10,6 +10,7 @@ from statistics import median
 
 from deepalign.data.files import write_text_atomic
 from deepalign.evaluate.answers import AnswerOptions
+from deepalign.evaluate.judges import check_judges
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import AttackExample
 from deepalign.evaluate.prefill_run import attacked
@@ -50,6 +51,7 @@ def run_reasoning(
         FileNotFoundError, ValueError, RuntimeError: what is wrong.
     """
     folder, started = Path(folder), time.perf_counter()
+    check_judges([harmful_judge])
     judge = make_reasoning_judge(reasoning_judge)
     with load_subject(subject) as loaded:
         judged = attacked(loaded, examples, [depth], [harmful_judge], options, folder, progress=progress)

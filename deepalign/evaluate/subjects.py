@@ -5,6 +5,7 @@ The model is a folder or a hub id, or a PEFT adapter on one; with a base model a
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,7 +43,7 @@ class Subject:
         device: None: cuda if there is one, else cpu.
 
     Raises:
-        ValueError: alpha > 0 without a base model, or an unknown dtype.
+        ValueError: alpha below 0 or not finite, or > 0 without a base model, or an unknown dtype.
     """
 
     name: str
@@ -55,6 +56,8 @@ class Subject:
     device: str | None = None
 
     def __post_init__(self) -> None:
+        if not 0 <= self.alpha < math.inf:
+            raise ValueError(f"{self.name}: alpha is {self.alpha}; expected a finite number >= 0")
         if self.alpha > 0 and self.base is None:
             raise ValueError(f"{self.name}: alpha is {self.alpha} but there is no base model to contrast with; give it")
         if self.dtype is not None and self.dtype not in DTYPES:
@@ -64,7 +67,13 @@ class Subject:
         """What decides the subject's answers: contents, not names."""
         contrast = [model_fingerprint(str(self.base)), self.alpha, self.space] if self.alpha > 0 else None
         adapter = None if self.adapter is None else model_fingerprint(self.adapter)
-        return {"model": model_fingerprint(self.model), "adapter": adapter, "contrast": contrast, "dtype": self.dtype}
+        model = model_fingerprint(self.model)
+        return {"model": model, "adapter": adapter, "contrast": contrast, "dtype": self.dtype_name}
+
+    @property
+    def dtype_name(self) -> str:
+        """The name in `DTYPES` that it is loaded in."""
+        return self.dtype or ("bfloat16" if choose_device("device", self.device).type == "cuda" else "float32")
 
     def check(self) -> None:
         """Refuse folders and devices that are not there, before anything is loaded.
@@ -100,7 +109,7 @@ def load_subject(subject: Subject) -> Iterator[LoadedSubject]:
     """
     subject.check()
     device = choose_device("device", subject.device)
-    dtype = DTYPES[subject.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = DTYPES[subject.dtype_name]
     tokenizer = load_tokenizer(subject.model)
     model = load_frozen_model(subject.model, dtype)
     if subject.adapter is not None:

@@ -15,8 +15,9 @@ from typing import Any, Literal
 
 from deepalign.evaluate.families import Family
 from deepalign.evaluate.gcg import mean_and_sd
+from deepalign.evaluate.judges import check_judges
 from deepalign.evaluate.measurements import Depth, SeedRun
-from deepalign.evaluate.reasoning import CELL_LABELS
+from deepalign.evaluate.reasoning import CELL_LABELS, make_reasoning_judge
 from deepalign.evaluate.recovery import Control, Reference
 from deepalign.evaluate.statistics import wilson_interval
 from deepalign.evaluate.subjects import Subject
@@ -209,7 +210,13 @@ EXPERIMENTS: dict[str, Experiment] = {
         note="Base: the aligned model before fine-tuning. The last rows are recoveries of the LoRA model: with the "
         "original aligned model as reference (ours), with the degraded one, and two controls.",
     ),
-    "figure4": Experiment("Figure 4: prefill attack after recovery", RecoveryTable, recovery_attack_rows, "bars"),
+    "figure4": Experiment(
+        "Figure 4: prefill attack after recovery",
+        RecoveryTable,
+        recovery_attack_rows,
+        "bars",
+        note="Base: the aligned model before fine-tuning, as in Table 4.",
+    ),
     "table5": Experiment(
         "Table 5: deliberative reasoning under attack",
         MethodTable,
@@ -221,12 +228,20 @@ EXPERIMENTS: dict[str, Experiment] = {
 
 
 def check_needs(run: SeedRun, name: str, settings: CommonSettings) -> None:
-    """Refuse a table for which a family lacks models or data, before any is measured.
+    """Refuse a table for which a family lacks models, data or judges, before any is measured.
 
     Raises:
         ValueError: which family lacks what.
+        ValueError, FileNotFoundError, RuntimeError: a judge that cannot be had.
     """
     for family in _families(run, settings):
+        if name == "table5":
+            check_judges([family.harmful_judge])
+            make_reasoning_judge(family.reasoning_judge)
+        else:
+            check_judges(family.judges)
+        if name == "table2":
+            check_judges(family.judges[:1], singly=True)
         benign = name in ("table2", "table3")
         if isinstance(settings, ContrastiveTable):
             family.model("aligned", name)

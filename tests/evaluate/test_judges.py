@@ -5,9 +5,10 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from deepalign.evaluate import judges
 from deepalign.evaluate.agreement import agreement_rows, cohens_kappa
 from deepalign.evaluate.degenerate import is_degenerate
-from deepalign.evaluate.judges import ClassifierJudge, KeywordJudge, judge_texts, make_judge
+from deepalign.evaluate.judges import ClassifierJudge, KeywordJudge, check_judges, judge_texts, make_judge
 from deepalign.evaluate.outcomes import AttackExample, JudgedText
 from deepalign.evaluate.refusals import REFUSAL_LISTS
 from deepalign.microworld.world import World, attack_examples
@@ -185,12 +186,24 @@ def test_a_users_function():
         ("microworld:x", "expected a seed"),
         ("no_such_module:judge", "cannot load"),
         ("deepalign.evaluate.judges:nosuch", "cannot load"),
-        ("deepalign.evaluate.judges:THRESHOLD", "expected a function"),
+        ("deepalign.evaluate.judges:THRESHOLD", "is a float; expected a function"),
+        ("deepalign.evaluate.judges:KeywordJudge", "is a class; expected a function"),
+        ("judgezoo:harmbench:high", "threshold of judgezoo:harmbench:high is no number"),
     ],
 )
 def test_bad_specifications_are_refused(spec, message):
-    with pytest.raises(ValueError, match=message):
-        make_judge(spec)
+    for refuse in (make_judge, lambda spec: check_judges(["keyword:gcg", spec])):
+        with pytest.raises(ValueError, match=message):
+            refuse(spec)
+
+
+def test_a_check_loads_no_classifier(monkeypatch):
+    monkeypatch.setattr(judges, "find_spec", lambda name: name == "judgezoo" or None)
+    check_judges(["judgezoo:harmbench:0.7", "keyword:gcg"], singly=True)
+    with pytest.raises(ValueError, match="none twice"):
+        check_judges(["keyword:gcg", "keyword:gcg"])
+    with pytest.raises(FileNotFoundError, match=r"the phrase list no\.txt does not exist"):
+        check_judges(["keyword:no.txt"])
 
 
 def test_bad_phrases_and_thresholds_are_refused():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from deepalign.cli import main
+from deepalign.evaluate import prefill_run, reasoning_run
 from tests.evaluate.killed_worker import kill_in_a_line
 from tests.tiny import WORDS, make_model, make_tokenizer
 
@@ -110,6 +111,8 @@ def test_bad_options_are_refused_in_one_message(models, requests, phrases, tmp_p
         (["--depths", "1,1"], "none of them twice"),
         (["--model", str(tmp_path / "nowhere")], "nowhere does not exist"),
         (["--alpha", "1"], "no base model"),
+        (["--alpha", "-1", "--base", str(models / "base")], "alpha is -1.0; expected a finite number >= 0"),
+        (["--alpha", "nan"], "alpha is nan; expected a finite number >= 0"),
         (["--judge", "keyword:nosuch"], "known: qi2024"),
         (["--data", str(tmp_path / "no.csv")], "no.csv does not exist"),
         (["--limit", "0"], "limit"),
@@ -125,3 +128,14 @@ def test_bad_options_are_refused_in_one_message(models, requests, phrases, tmp_p
         assert main([*good, *more]) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out" / "report.md").exists()
+    assert main(["evaluate", "reasoning", *good[2:9], "--depth", "0,all"]) == 2
+    assert "--depth is '0,all'; expected one number, or all" in capsys.readouterr().err
+
+
+def test_a_bad_judge_is_refused_before_a_model_is_loaded(models, requests, phrases, tmp_path, monkeypatch, capsys):
+    for module, command in ((prefill_run, "prefill"), (reasoning_run, "reasoning")):
+        monkeypatch.setattr(module, "load_subject", lambda subject: pytest.fail("loaded"))
+        option = "--judge" if command == "prefill" else "--harmful-judge"
+        words = arguments(models, requests, phrases, tmp_path / "out")[2:9]
+        assert main(["evaluate", command, *words, option, "keyword:nosuch"]) == 2
+        assert "known: qi2024" in capsys.readouterr().err

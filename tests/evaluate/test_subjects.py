@@ -41,9 +41,11 @@ def test_an_adapter_is_merged(folder):
 
 
 def test_a_fingerprint_is_of_contents_not_of_names(folder):
-    first, second = (Subject(name, str(folder / "aligned")) for name in ("first", "second"))
+    first, second = (Subject(name, str(folder / "aligned"), device="cpu") for name in ("first", "second"))
     assert first.fingerprint() == second.fingerprint()
     assert first.fingerprint() != Subject("first", str(folder / "base")).fingerprint()
+    assert first.fingerprint() == Subject("first", str(folder / "aligned"), dtype="float32", device="cpu").fingerprint()
+    assert first.fingerprint() != Subject("first", str(folder / "aligned"), dtype="bfloat16").fingerprint()
     pair = [Subject("pair", str(folder / "aligned"), str(folder / "base"), alpha) for alpha in (0.0, 1.0, 2.0)]
     assert pair[0].fingerprint() == first.fingerprint(), "at alpha 0 the base model decides nothing"
     assert pair[1].fingerprint() != pair[2].fingerprint()

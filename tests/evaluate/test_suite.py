@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -16,6 +17,7 @@ from tests.evaluate.killed_worker import kill_in_a_line
 
 CONFIG = Path(__file__).with_name("suite_small.yaml")
 ATTACKS = 4
+AT_ONCE = SimpleNamespace(judge_batch=lambda texts: ["refused"] * len(texts))  # judges no answer alone
 pytestmark = pytest.mark.timeout(400)
 
 
@@ -188,6 +190,10 @@ def test_a_family_without_a_model_that_a_table_needs_is_refused(finished, tmp_pa
         ({"table4": {}}, {"safe": []}, r"table4, SaLoRA: tiny has no refusals to keep it safe by; set data\.safe"),
         ({"figure4": {"methods": ["Vaccine"]}}, {}, "figure4, Vaccine, needs the model 'vaccine' of tiny"),
         ({"figure4": {"families": ["large"]}}, {}, "there is no family large; the suite has tiny"),
+        ({"table2": {}}, {"judges": (f"{__name__}:AT_ONCE",)}, "GCG asks its judge about single answers"),
+        ({"table5": {}}, {"harmful_judge": "keyword:no"}, "there is no phrase list 'no'"),
+        ({"table5": {}}, {"reasoning_judge": "no"}, "the reasoning judge 'no' has no known form"),
+        ({"table1": {}}, {"judges": ("keyword:gcg", "keyword:no")}, "there is no phrase list 'no'"),
         ({"figure4": {"methods": ["Base"]}, "table5": {"methods": ["Baseline"]}}, {"benign": [], "safe": []}, None),
     ],
 )

@@ -2,12 +2,16 @@
 
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+from huggingface_hub.errors import FileMetadataError, HfHubHTTPError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -76,10 +80,12 @@ def _naming(path: str, files: Sequence[str], missing: type[Exception] = OSError)
         files: a folder that holds one of them is whole; what is wrong with it, the library says.
         missing: what the library raises where the hub has nothing.
     """
+    folder = Path(path).expanduser()
     try:
+        if not folder.is_dir():
+            _reach_hub(path, (*files, "config.json"))
         yield
     except (OSError, ValueError) as error:
-        folder = Path(path).expanduser()
         if folder.is_dir():
             if any((folder / file).is_file() for file in files):
                 raise
@@ -92,6 +98,32 @@ def _naming(path: str, files: Sequence[str], missing: type[Exception] = OSError)
             f"{path!r} is no folder here, and it could not be had from the Hugging Face hub: "
             f"{_first_line(error).rstrip('.')}. Give a folder, or the name of a model on the hub"
         ) from error
+
+
+@cache
+def _reach_hub(name: str, files: Sequence[str]) -> None:
+    """Ask the hub for a model of whose `files` none is in its cache, and once more where it cannot be reached.
+
+    Its own library would go on asking for a minute, and for many where packets are dropped: too long for the mistyped
+    name of a folder where there is no network. What the hub answers is left to whoever loads.
+
+    Raises:
+        OSError: the hub cannot be reached.
+    """
+    if constants.HF_HUB_OFFLINE or not HUB_ID.fullmatch(name):
+        return
+    if any(try_to_load_from_cache(name, file) is not None for file in files):
+        return
+    for last in (False, True):
+        try:
+            get_hf_file_metadata(hf_hub_url(name, files[0]))
+            return
+        except (HfHubHTTPError, ValueError, FileMetadataError):
+            return
+        except Exception as error:  # of the HTTP library, which is not ours to know
+            if last:
+                raise OSError(f"{constants.ENDPOINT} cannot be reached ({_first_line(error)})") from error
+            time.sleep(1)
 
 
 def _first_line(error: Exception) -> str:

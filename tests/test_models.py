@@ -1,9 +1,14 @@
 """Models, adapters and devices that are not there: the message names what was given."""
 
+from unittest.mock import MagicMock
+
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.errors import RepositoryNotFoundError
+from transformers import AutoConfig
 
+from deepalign import models
 from deepalign.models import (
     choose_device,
     load_adapter_config,
@@ -23,6 +28,41 @@ def test_what_is_neither_a_folder_nor_on_the_hub_is_named(load, monkeypatch, tmp
     for name in ("nofolder", "nowhere/nofolder"):
         with pytest.raises(OSError, match=f"'{name}' is no folder here, and .* Hugging Face hub: .*Give a folder, or"):
             load(name)
+
+
+@pytest.mark.parametrize("load", LOADERS, ids=["config", "tokenizer", "adapter", "model"])
+def test_a_hub_that_cannot_be_reached_is_asked_twice_and_no_more(load, monkeypatch, tmp_path):
+    asked = []
+
+    def refuse(url):
+        asked.append(url)
+        raise Exception("name or service not known")  # the HTTP library has exceptions of its own
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "get_hf_file_metadata", refuse)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.http_backoff", lambda *a, **k: pytest.fail("the library asks too"))
+    with pytest.raises(OSError, match=r"'no/folder' is no folder .* cannot be reached \(name or service not known"):
+        load("no/folder")
+    assert len(asked) == 2
+
+
+def test_what_the_hub_answers_and_what_its_cache_has_is_left_to_the_library(monkeypatch, tmp_path):
+    asked = []
+
+    def answer(url):
+        asked.append(url)
+        raise RepositoryNotFoundError("404", response=MagicMock())
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "get_hf_file_metadata", answer)
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path: path)
+    assert load_model_config("some/model") == "some/model"
+    assert len(asked) == 1
+    monkeypatch.setattr(models, "try_to_load_from_cache", lambda name, file: str(tmp_path))
+    assert load_model_config("another/model") == "another/model"
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize("load", LOADERS, ids=["config", "tokenizer", "adapter", "model"])

@@ -21,7 +21,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit code (2: refused, with one message on stderr)."""
+    """Run a command; returns the exit code (2: refused, with one message on stderr; 130: stopped by Ctrl-C)."""
     parser = argparse.ArgumentParser(prog="deepalign", description="deep safety alignment of language models")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (_, summary, _) in COMMANDS.items():
@@ -42,6 +42,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\ninterrupted; the same command again goes on from what was written", file=sys.stderr)
+        return 130
 
 
 def _module(name: str) -> Any:

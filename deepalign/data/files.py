@@ -8,6 +8,7 @@ Two row formats are read, one conversation a line:
 Further keys in a row are ignored, so that a file can carry its own metadata.
 """
 
+import codecs
 import json
 import os
 import tempfile
@@ -42,12 +43,14 @@ def read_rows(path: str | os.PathLike[str], read: Callable[[Any], Row]) -> list[
     if not path.is_file():
         raise FileNotFoundError(f"data file {path} does not exist; give the path of a JSONL file")
     rows = []
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
+            if not (line := line.removeprefix(codecs.BOM_UTF8)).strip():
                 continue
             try:
-                rows.append(read(json.loads(line)))
+                rows.append(read(json.loads(line.decode())))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}:{number}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
             except json.JSONDecodeError as error:
                 raise ValueError(
                     f"{path}:{number}: not valid JSON ({error}); each line must be one JSON object"

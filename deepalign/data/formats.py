@@ -125,7 +125,10 @@ def table(path: Path, headerless: Sequence[str] = ()) -> list[tuple[int, dict[st
 
 def _csv_rows(path: Path, headerless: Sequence[str]) -> Iterable[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if any(row)]
+        try:
+            rows = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if any(row)]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     if not rows:
         raise ValueError(f"{path} has no rows")
     columns = [name.strip().lower() for name in rows[0][1]]

@@ -14,17 +14,18 @@ decides what is drawn. Row i draws with seed + i, so its text depends neither on
 interrupted.
 """
 
+import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from tqdm import tqdm
 
 from deepalign.data.chat import prompt_token_ids
-from deepalign.data.files import read_prompts
+from deepalign.data.files import Message, read_prompts
 from deepalign.data.resumable import model_fingerprint, open_resumable
 from deepalign.sampling.results import Completion
 from deepalign.sampling.sampler import ContrastiveSampler
@@ -66,9 +67,7 @@ def run_batch(
         ValueError: a line that is no prompt, `target` belongs to another run or is written by another process, a size
             below 1, or what `generate` refuses.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    rows = read_prompts(source, reserved=ANSWER_KEYS)
+    rows = read_rows(source, batch_size)
     if sampler.tokenizer is None:
         raise ValueError("the sampler has no tokenizer; pass tokenizer=...")
     prompts = [prompt_token_ids(sampler.tokenizer, _with_system(messages, system)) for messages, _ in rows]
@@ -77,6 +76,7 @@ def run_batch(
         "prompts": hashlib.sha256(json.dumps(rows).encode()).hexdigest(),
         "models": [None if model is None else model_fingerprint(model) for model in models],
         "options": asdict(sampler.options),
+        "dtype": str(sampler.pair.aligned.dtype),
         "generate": [max_new_tokens, list(stop), seed, system, return_stats],
     }
     with open_resumable(target, settings, lambda number, row: _misplaced(number, row, len(rows))) as file:
@@ -84,16 +84,33 @@ def run_batch(
         with tqdm(total=len(rows), initial=done, desc="sample", unit="row", disable=not progress) as bar:
             for start in range(done, len(rows), batch_size):
                 indices = range(start, min(start + batch_size, len(rows)))
-                answers = sampler.generate(
-                    [prompts[index] for index in indices],
-                    max_new_tokens=max_new_tokens,
-                    stop=list(stop),
-                    seed=[seed + index for index in indices],
-                    return_stats=return_stats,
-                )
+                with _saying(f"{source}, rows from {start} on"):
+                    answers = sampler.generate(
+                        [prompts[index] for index in indices],
+                        max_new_tokens=max_new_tokens,
+                        stop=list(stop),
+                        seed=[seed + index for index in indices],
+                        return_stats=return_stats,
+                    )
                 file.append([_answer(i, rows[i][1], answer) for i, answer in zip(indices, answers, strict=True)])
                 bar.update(len(indices))
     return len(rows) - done
+
+
+def read_rows(source: str | os.PathLike[str], batch_size: int) -> list[tuple[list[Message], dict[str, Any]]]:
+    """The prompts of a run, which need no model to be refused."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    return read_prompts(source, reserved=ANSWER_KEYS)
+
+
+@contextlib.contextmanager
+def _saying(where: str) -> Iterator[None]:
+    """What is wrong with a row of a batch, with the place of the batch in the file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
 
 
 def _with_system(messages: list[dict[str, str]], system: str | None) -> list[dict[str, str]]:

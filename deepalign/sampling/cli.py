@@ -16,7 +16,7 @@ from deepalign.models import (
     load_frozen_model,
     load_tokenizer,
 )
-from deepalign.sampling.batch_run import run_batch
+from deepalign.sampling.batch_run import read_rows, run_batch
 from deepalign.sampling.sampler import ContrastiveSampler
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,6 +58,8 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--input and --output go together; give both, or neither to talk to the model")
     if options.output is not None and Path(options.output).is_dir():
         raise IsADirectoryError(f"--output: {options.output} is a folder; give the path of a JSONL file")
+    if options.input is not None:
+        read_rows(options.input, options.batch_size)  # refused before a model is loaded
     sampler = load_sampler(options)
     if options.input is None:
         chat(sampler, options)

@@ -196,11 +196,12 @@ class ContrastiveSampler:
         """Raise ValueError unless token ids, a list per row, are the models' and fit their context with the answer."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        longest, context = max(map(len, rows)), self.pair.context
-        if context is not None and longest + max_new_tokens > context:
+        longest, context = max(range(len(rows)), key=lambda index: len(rows[index])), self.pair.context
+        if context is not None and len(rows[longest]) + max_new_tokens > context:
             raise ValueError(
-                f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together beyond the "
-                f"model's context of {context}; lower max_new_tokens or shorten the prompt"
+                f"the longest prompt, {longest}, has {len(rows[longest])} tokens and max_new_tokens is "
+                f"{max_new_tokens}, together beyond the model's context of {context}; lower max_new_tokens or shorten "
+                "the prompt"
             )
         width = self.pair.width
         for index, row in enumerate(rows):

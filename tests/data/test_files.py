@@ -4,6 +4,7 @@ import os
 import pytest
 
 from deepalign.data.files import check_folder, read_jsonl, write_text_atomic
+from deepalign.data.sources import load_data
 
 
 def write(tmp_path, *lines):
@@ -48,6 +49,18 @@ def test_a_broken_line_is_named(tmp_path, line, problem):
     with pytest.raises(ValueError, match=r"rows\.jsonl:2: ") as error:
         read_jsonl(path)
     assert problem in str(error.value)
+
+
+def test_what_is_not_utf_8_is_named_and_a_byte_order_mark_is_no_text(tmp_path):
+    path, row = tmp_path / "rows.jsonl", b'{"prompt": "q", "completion": "a\xc3\xa9\xe2\x80\xa8"}\n'
+    path.write_bytes(b"\xef\xbb\xbf" + row)
+    assert [message["content"] for message in read_jsonl(path)[0]] == ["q", "a\u00e9\u2028"]
+    path.write_bytes(row + row.replace(b"\xc3\xa9", b"\xe9"))
+    with pytest.raises(ValueError, match=r"rows\.jsonl:2: not UTF-8 \(invalid continuation byte\); save the file as"):
+        read_jsonl(path)
+    path.with_suffix(".csv").write_bytes(b"goal,target\nq\xe9,a\n")
+    with pytest.raises(ValueError, match=r"rows\.csv: not UTF-8"):
+        load_data(f"advbench:{path.with_suffix('.csv')}")
 
 
 def test_missing_and_empty_files_are_refused(tmp_path):

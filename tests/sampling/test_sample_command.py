@@ -125,6 +125,7 @@ def test_a_file_of_another_run_is_refused_and_left_alone(models, prompts, tmp_pa
         (["--seed", "1"], "generate"),
         (["--stop", "w1"], "generate"),
         (["--base", str(models / "aligned")], "models"),
+        (["--dtype", "bfloat16"], "dtype"),
     ):
         message = refused(capsys, *arguments(models, prompts, out, *more))
         assert f"written with other settings ({changed})" in message
@@ -145,6 +146,25 @@ def test_an_edited_file_is_refused(models, prompts, tmp_path, capsys):
     assert "is not the answer to row 3" in refused(capsys, *arguments(models, prompts, out))
 
 
+def test_an_interruption_is_one_line(models, prompts, tmp_path, capsys, monkeypatch):
+    def interrupt(file, rows):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ResumableFile, "append", interrupt)
+    assert main(arguments(models, prompts, tmp_path / "out.jsonl")) == 130
+    assert "interrupted; the same command again goes on" in capsys.readouterr().err
+
+
+def test_a_row_without_a_distribution_is_named_with_the_place_of_its_batch(models, prompts, tmp_path, capsys):
+    broken = make_model(0, make_tokenizer())
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[make_tokenizer().convert_tokens_to_ids(WORDS[10])] = torch.nan
+    broken.save_pretrained(tmp_path / "aligned")
+    make_tokenizer().save_pretrained(tmp_path / "aligned")
+    message = refused(capsys, *arguments(models, prompts, tmp_path / "o.jsonl", "--aligned", str(tmp_path / "aligned")))
+    assert f"{prompts}, rows from 4 on: row 3 has no distribution" in message
+
+
 def test_two_writers_are_refused(models, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     with open_resumable(out, {}, lambda number, row: None):
@@ -160,13 +180,15 @@ def test_two_writers_are_refused(models, prompts, tmp_path, capsys):
         ('{"prompt": ""}', "non-empty"),
         ('{"messages": [{"role": "assistant", "content": "w1"}]}', "the last message is the assistant's"),
         ('{"prompt": "w1"', "not valid JSON"),
-        (json.dumps({"prompt": "w1 " * 70}), "context of 64"),
+        (json.dumps({"prompt": "w1 " * 70}), "the longest prompt, 1, has 73 tokens and max_new_tokens is 6, together"),
     ],
 )
 def test_bad_rows_are_refused_before_anything_is_written(models, tmp_path, capsys, row, message):
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "w1"}\n' + row + "\n")
     assert message in refused(capsys, *arguments(models, prompts, out))
+    if "together" not in message:  # a matter of the models
+        assert message in refused(capsys, *arguments(tmp_path / "no-models", prompts, out))
     assert not out.exists()
 
 

@@ -73,7 +73,7 @@ def test_tokenizers_that_differ(llamas):
         ([[5, 37]], ValueError, r"prompt 0 has a token id outside \[0, 37\)"),
         ([[5, -1]], ValueError, "outside"),
         ([{"role": "user", "content": "w1"}], ValueError, "no tokenizer"),
-        ([[5] * 60], ValueError, "the longest prompt has 60 tokens and max_new_tokens is 8, .* context of 64"),
+        ([[5] * 60], ValueError, "the longest prompt, 0, has 60 tokens and max_new_tokens is 8, .* context of 64"),
         (left_padded(PROMPTS)["input_ids"], ValueError, "2 of 3 rows start with the pad token 0"),
         (left_padded(PROMPTS)["input_ids"].flip(1), ValueError, "2 of 3 rows end with the pad token 0"),
     ],

@@ -1,6 +1,5 @@
 """The command line, in a process that stops in the middle of a line of its answers, until it is killed."""
 
-import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from deepalign.cli import main
 from deepalign.data.resumable import ResumableFile
+from tests.forked import kill_when
 from tests.train.forked import fork
 
 STOPPED = "half a line is written"
@@ -31,11 +31,9 @@ def stop_in_a_line(words: Sequence[str], name: str, rows: int) -> int:
 
 def kill_in_a_line(words: Sequence[str], name: str, rows: int, log: Path) -> None:
     """Run a command in a process of its own until it has stopped, and kill it for good."""
-    process, deadline = fork(stop_in_a_line, [words, name, rows], log), time.monotonic() + 300
-    while not (log.exists() and STOPPED in log.read_text()):
-        assert process.is_alive(), f"the run ended before it could be killed:\n{log.read_text()[-4000:]}"
-        assert time.monotonic() < deadline, log.read_text()[-4000:]
-        time.sleep(0.1)
-    process.kill()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+
+    def said() -> str:
+        return log.read_text() if log.exists() else ""
+
+    process = fork(stop_in_a_line, [words, name, rows], log)
+    kill_when(lambda: STOPPED in said(), process, said)

@@ -226,9 +226,10 @@ def _first(means: Means) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _number(value: np.ndarray, resampled: np.ndarray, options: BootstrapOptions) -> Number:
-    """A measured number with its band; None where it does not exist."""
+    """A measured number with its band; None where it does not exist. One context says nothing about spread."""
     known = resampled[np.isfinite(resampled)]
-    low, high = np.quantile(known, options.quantiles) if known.size else (np.nan, np.nan)
+    spread = known.size > 0 and np.ptp(known) > 1e-12 * np.abs(known).max()
+    low, high = np.quantile(known, options.quantiles) if spread else (np.nan, np.nan)
     numbers = {"value": float(value.ravel()[0]), "low": float(low), "high": float(high)}
     return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
@@ -238,7 +239,8 @@ def _position(rule: Callable[[np.ndarray], np.ndarray], kl: Means, options: Boot
     resampled = np.where(np.isnan(found := rule(kl.resampled)), np.inf, found)
     value = rule(kl.mean[None])[0]
     edges = np.quantile(resampled, options.quantiles, method="inverted_cdf")
-    numbers = {"value": value, "low": edges[0], "high": edges[1]}
+    low, high = edges if kl.n[0] > 1 else (np.inf, np.inf)
+    numbers = {"value": value, "low": low, "high": high}
     return {name: float(number) if np.isfinite(number) else None for name, number in numbers.items()}
 
 
@@ -252,8 +254,10 @@ def _claim(
     """A claim that `number` is below or above a value, settled by its band."""
     low, high = number["low"], number["high"]
     found = "undecided"
-    if number["value"] is None or low is None or high is None:
+    if number["value"] is None:
         found = "not measured"
+    elif low is None or high is None:
+        found = "undecided"
     elif below is not None and (high < below or low > below):
         found = "agrees" if high < below else "disagrees"
     elif above is not None and (low > above or high < above):

@@ -15,6 +15,9 @@ from deepalign.diagnose.bootstrap import (
     split,
     window_means,
 )
+from deepalign.diagnose.report import claims, verdict
+from deepalign.diagnose.rows import STATISTICS
+from deepalign.diagnose.tokens import FORMATTING
 
 OPTIONS = BootstrapOptions(resamples=400, seed=3)
 
@@ -132,3 +135,27 @@ def test_bad_input_is_refused():
     for announced, message in ((0, "nothing to average"), (3, "3 contexts were announced"), (1, "more contexts")):
         with pytest.raises(ValueError, match=message):
             bootstrap_means([np.ones((2, 1))], announced, OPTIONS)
+
+
+def test_one_context_says_nothing_about_spread_and_settles_nothing():
+    options = BootstrapOptions(resamples=50)
+    falling = np.linspace(2.0, 0.5, 20)
+
+    def found(*contexts: np.ndarray) -> tuple[dict, set[str]]:
+        means = bootstrap_means([np.stack(contexts)], len(contexts), options)
+        series = {"aligned": {"harmful": dict.fromkeys(STATISTICS, means)}}
+        tokens = {"classes_of_listed": dict.fromkeys(FORMATTING, 0.1)}
+        report = {
+            "series": {"aligned": {"groups": {"harmful": {"tokens": [tokens]}}}},
+            "vocabulary_classes": dict.fromkeys(FORMATTING, 0.1),
+        }
+        settled = claims(series, report, "aligned", None, options)
+        return verdict(series["aligned"]["harmful"], options), {claim["verdict"] for claim in settled[:-1]}
+
+    numbers, settled = found(falling)
+    assert numbers["kl_first"] == {"value": 2.0, "low": None, "high": None}
+    assert numbers["below_tenth"] == {"value": None, "low": None, "high": None}
+    assert settled == {"undecided"}
+    numbers, settled = found(falling, falling + 0.1, falling + 0.2)
+    assert numbers["kl_first"]["low"] < numbers["kl_first"]["value"] < numbers["kl_first"]["high"]
+    assert "agrees" in settled

@@ -13,6 +13,7 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
 DPI = 200
 INK = "#333333"
@@ -69,6 +70,22 @@ def dress(axes: Axes, title: str) -> None:
     axes.yaxis.label.set(color=INK, fontsize=9.5)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
+
+
+class PlainLogFormatter(LogFormatter):
+    """Numbers as they are written, at the ticks that matplotlib labels: between powers of ten on short axes only."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        """The label of a tick, or nothing."""
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def log_y(axes: Axes) -> None:
+    """A logarithmic y axis with plain numbers and small ticks between powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(PlainLogFormatter())
+    axes.yaxis.set_minor_formatter(PlainLogFormatter())
+    axes.tick_params(axis="y", which="minor", length=2, color=FAINT, labelcolor=INK, labelsize=9)
 
 
 def draw_curve(

@@ -19,12 +19,12 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import MaxNLocator
 
 from deepalign.diagnose.bootstrap import Band
 from deepalign.diagnose.report import profile_band
 from deepalign.diagnose.tokens import CLASSES
-from deepalign.drawing import DPI, FAINT, INK, CurveStyle, curve_styles, draw_curve, dress, save_atomic
+from deepalign.drawing import DPI, FAINT, INK, CurveStyle, curve_styles, draw_curve, dress, log_y, save_atomic
 
 Report = Mapping[str, Any]
 POSITION = "position in the response (1: its first token)"
@@ -284,9 +284,7 @@ def _draw_statistic(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.margins(x=0.02)
     if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.tick_params(axis="y", which="minor", length=2, color=FAINT)
+        log_y(axes)
     axes.set_ylim(bottom=floor)
     if statistic == "top_overlap":
         axes.set_ylim(0.0, 1.02)

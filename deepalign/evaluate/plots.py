@@ -5,14 +5,12 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter
-
 from deepalign.drawing import (
-    FAINT,
     CurveStyle,
     curve_styles,
     draw_curve,
     label_ends,
+    log_y,
     new_figure,
     save_atomic,
     spread_apart,
@@ -102,9 +100,7 @@ def plot_position_profile(
         positions = [float(p) for p in profile["position"] if p is not None]
         draw_curve(axes, styles[model], positions, means, low, high)
         ends[model] = means[-1]
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.tick_params(axis="y", which="minor", length=2, color=FAINT)
+    log_y(axes)
     axes.set_ylim(bottom=floor)
     # Means of a few large values have bands that reach below what a log axis has.
     note = "; bands cut at the bottom reach 0 or nearly" if cut else ""

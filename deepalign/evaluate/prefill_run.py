@@ -185,10 +185,13 @@ def _plot(report: dict[str, Any], judge: str, path: Path) -> None:
         int(depth) if depth.isdecimal() else depth: cell["continuation"]
         for depth, cell in report["judges"][judge].items()
     }
-    labels: dict[str, str] = {outcome: outcome for outcome in OUTCOMES}
-    counts = {outcome: {depth: (cell[outcome], cell["n"]) for depth, cell in by_depth.items()} for outcome in labels}
+    counts: dict[str, dict[Any, tuple[int, int]]] = {
+        outcome: {depth: (cell[outcome], cell["n"]) for depth, cell in by_depth.items()} for outcome in OUTCOMES
+    }
+    # The colours of bars.py: harmful blue, degenerate grey. An empty name passes a colour over.
+    styles = curve_styles({name: name for name in ("degenerate", "refused", "", "harmful")})
     title = f"Answers by prefill depth, 95% Wilson bands (n = {report['data']['n']})"
-    plot_attack_success(path, counts, curve_styles(labels), title=title, ylabel="share of answers")
+    plot_attack_success(path, counts, styles, title=title, ylabel=f"share of answers, by {judge}")
 
 
 def _markdown(report: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+from deepalign.drawing import log_y, new_figure
 from deepalign.evaluate import plots
 from deepalign.evaluate.plots import curve_styles, plot_attack_success, plot_position_profile, spread_apart
 
@@ -100,3 +101,17 @@ def test_styles_differ_in_colour_marker_and_line():
     assert len({style.marker for style in styles}) == 8
     with pytest.raises(ValueError, match="9 curves"):
         curve_styles({str(i): str(i) for i in range(9)})
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "some", "none"), [(0.6, 2.2, {"0.6", "1", "2"}, ()), (1e-3, 9, {"0.001", "1"}, "2")]
+)
+def test_a_logarithmic_axis_has_plain_numbers(low, high, some, none):
+    figure, axes = new_figure("")
+    log_y(axes)
+    axes.set_ylim(low, high)
+    figure.canvas.draw()
+    labels = {label.get_text() for kind in (False, True) for label in axes.yaxis.get_ticklabels(minor=kind)}
+    assert some <= labels
+    assert not labels & set(none)
+    assert not any("$" in label for label in labels)

@@ -9,9 +9,9 @@ from deepalign.microworld.demo import SETTINGS, load_settings, run_demo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `deepalign demo`."""
-    parser.add_argument("--out", default="runs/demo", help="folder for models, answers and the report")
+    parser.add_argument("--out", default="runs/demo", help="folder for models, answers, report (default: runs/demo)")
     parser.add_argument("--seed", type=int, default=None, help="first seed (default: the one in the settings)")
-    parser.add_argument("--seeds", type=int, default=1, help="number of seeds to run and report")
+    parser.add_argument("--seeds", type=int, default=1, help="number of seeds to run and report (default: 1)")
     parser.add_argument("--config", default=None, help="a settings file instead of the package's demo.yaml")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
 

@@ -76,7 +76,7 @@ def verdict(means: Mapping[str, Means], options: BootstrapOptions) -> dict[str, 
         base-favored count in aligned's top n; their ratios late over early.
     """
     kl = means["kl"]
-    found: dict[str, Any] = {"kl_first": _number(kl.mean[:1], kl.resampled[:, :1].T, options)}
+    found: dict[str, Any] = {"kl_first": _number(*_first(kl), options)}
     found["below_tenth"] = _position(first_below, kl, options)
     found["below_tenth_for_good"] = _position(below_for_good, kl, options)
     for prefix, statistic in (("kl", "kl"), ("favored", "favored_in_top")):
@@ -209,7 +209,12 @@ def _window(means: Means, windows: tuple[tuple[int, int | None], ...]) -> tuple[
         with np.errstate(invalid="ignore", divide="ignore"):
             return first / rest[0] if rest else first
 
-    return over(means.mean[None]), over(means.resampled)
+    return over(means.mean[None]), over(_resampled(means))
+
+
+def _resampled(means: Means) -> np.ndarray:
+    """The resampled means; NaN of one context, which says nothing about spread."""
+    return means.resampled if means.n.max() > 1 else np.full_like(means.resampled, np.nan)
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
@@ -222,25 +227,23 @@ def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def _first(means: Means) -> tuple[np.ndarray, np.ndarray]:
-    return means.mean[:1], means.resampled[:, 0]
+    return means.mean[:1], _resampled(means)[:, 0]
 
 
 def _number(value: np.ndarray, resampled: np.ndarray, options: BootstrapOptions) -> Number:
-    """A measured number with its band; None where it does not exist. One context says nothing about spread."""
+    """A measured number with its band; None where it does not exist."""
     known = resampled[np.isfinite(resampled)]
-    spread = known.size > 0 and np.ptp(known) > 1e-12 * np.abs(known).max()
-    low, high = np.quantile(known, options.quantiles) if spread else (np.nan, np.nan)
+    low, high = np.quantile(known, options.quantiles) if known.size else (np.nan, np.nan)
     numbers = {"value": float(value.ravel()[0]), "low": float(low), "high": float(high)}
     return {name: number if np.isfinite(number) else None for name, number in numbers.items()}
 
 
 def _position(rule: Callable[[np.ndarray], np.ndarray], kl: Means, options: BootstrapOptions) -> Number:
     """Where KL falls below a tenth by a rule; "never" sorts last and is None."""
-    resampled = np.where(np.isnan(found := rule(kl.resampled)), np.inf, found)
+    resampled = np.where(np.isnan(found := rule(_resampled(kl))), np.inf, found)
     value = rule(kl.mean[None])[0]
     edges = np.quantile(resampled, options.quantiles, method="inverted_cdf")
-    low, high = edges if kl.n[0] > 1 else (np.inf, np.inf)
-    numbers = {"value": value, "low": low, "high": high}
+    numbers = {"value": value, "low": edges[0], "high": edges[1]}
     return {name: float(number) if np.isfinite(number) else None for name, number in numbers.items()}
 
 

@@ -175,6 +175,8 @@ class TrainConfig:
             require(0 <= getattr(self, name) < float("inf"), name, getattr(self, name), "at least 0 and finite")
         for name in ("epochs", "learning_rate", "max_grad_norm"):
             require(0 < getattr(self, name) < float("inf"), name, getattr(self, name), "positive and finite")
+        for name in ("adam_beta1", "adam_beta2"):
+            require(0 <= getattr(self, name) < 1, name, getattr(self, name), "at least 0 and below 1")
         drift = self.mean_logit_drift
         require(drift is None or 0 < drift < float("inf"), "mean_logit_drift", drift, "positive, or null")
         for name in ("max_steps", "max_length", "world_size"):
@@ -268,7 +270,11 @@ def _parse_overrides(words: Sequence[str]) -> list[tuple[str, Any]]:
             if not queue or queue[0].startswith("--"):
                 raise ValueError(f"--{key} has no value; overrides are written --key value")
             value = queue.pop(0)
-        pairs.append((key.replace("-", "_"), yaml.safe_load(value)))
+        try:
+            pairs.append((key.replace("-", "_"), yaml.safe_load(value)))
+        except yaml.YAMLError as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"--{key}: {value!r} is not valid YAML ({reason}); quote it twice: '\"...\"'") from None
     return pairs
 
 

@@ -78,6 +78,8 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(write):
         ({"teacher": "cache"}, [], ValueError, "teacher is 'cache' but teacher_cache is not set"),
         ({"loss_form": "fused"}, [], ValueError, "loss_form is 'fused'; expected one of 'linear', 'logits'"),
         ({"on_nan": "ignore"}, [], ValueError, "on_nan is 'ignore'; expected one of 'stop', 'skip'"),
+        ({"adam_beta2": 1}, [], ValueError, "adam_beta2 is 1.0; it must be at least 0 and below 1"),
+        ({}, ["--lora", "{r: 2"], ValueError, "--lora: '{r: 2' is not valid YAML"),
         ({"mean_logit_drift": 0}, [], ValueError, "mean_logit_drift is 0.0; it must be positive, or null"),
     ],
 )

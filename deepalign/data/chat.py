@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from deepalign.data.files import Message
@@ -45,7 +46,7 @@ def prompt_token_ids(
             (left out, that one is today's date: ids that differ from day to day).
 
     Raises:
-        ValueError: the tokenizer has no chat template.
+        ValueError: the tokenizer has no chat template, or one that refuses the messages.
     """
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     return _apply_template(tokenizer, messages, template_options, add_generation_prompt=True)
@@ -60,12 +61,13 @@ def encode_example(
     """Token ids of a conversation, with its last answer located. `template_options`: see `prompt_token_ids`.
 
     Tokens that the template puts after the answer's end-of-turn token (often a newline) are dropped: a model never
-    generates them. An example longer than `max_length` loses the end of its answer; one whose prompt alone fills
-    `max_length` is refused.
+    generates them. That token is the last one that is no text (`control_ids`): the eos token, but not in Gemma's case.
+    An example longer than `max_length` loses the end of its answer; one whose prompt alone fills `max_length` is
+    refused.
 
     Raises:
-        ValueError: no chat template; the template does not keep the prompt as a prefix; or nothing of the answer
-            fits into `max_length`.
+        ValueError: no chat template; the template refuses the conversation, or does not keep the prompt as a prefix;
+            or nothing of the answer fits into `max_length`.
     """
     prompt_ids = prompt_token_ids(tokenizer, messages[:-1], template_options)
     input_ids = _apply_template(tokenizer, list(messages), template_options, add_generation_prompt=False)
@@ -74,7 +76,7 @@ def encode_example(
             "the tokenizer's chat template does not keep the prompt as a prefix of the conversation, so the answer "
             "cannot be located; use a template whose generation prompt starts the assistant's turn"
         )
-    input_ids = _cut_after_end_of_turn(input_ids, len(prompt_ids), tokenizer.eos_token_id)
+    input_ids = _cut_after_end_of_turn(input_ids, len(prompt_ids), control_ids(tokenizer))
     truncated = max_length is not None and len(input_ids) > max_length
     if max_length is not None:
         input_ids = input_ids[:max_length]
@@ -98,18 +100,28 @@ def _apply_template(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use the aligned model's tokenizer or set "
             "tokenizer.chat_template"
         )
-    ids = tokenizer.apply_chat_template(
-        messages,
-        tokenize=True,
-        add_generation_prompt=add_generation_prompt,
-        return_dict=False,
-        **(template_options or {}),
-    )
+    try:
+        ids = tokenizer.apply_chat_template(
+            messages,
+            tokenize=True,
+            add_generation_prompt=add_generation_prompt,
+            return_dict=False,
+            **(template_options or {}),
+        )
+    except TemplateError as error:  # Gemma's has no system prompt, Llama 2's wants the roles in turn
+        roles = ", ".join(message["role"] for message in messages)
+        raise ValueError(f"the chat template refuses messages of {roles or 'nobody'}: {error}") from error
     return list(cast(list[int], ids))
 
 
-def _cut_after_end_of_turn(input_ids: list[int], response_start: int, end_of_turn: int | None) -> list[int]:
+def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Ids of the tokens that are no text: eos, and all that were added as special, an end of turn among them."""
+    added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return added if tokenizer.eos_token_id is None else added | {tokenizer.eos_token_id}
+
+
+def _cut_after_end_of_turn(input_ids: list[int], response_start: int, ends: set[int]) -> list[int]:
     for position in range(len(input_ids) - 1, response_start - 1, -1):
-        if input_ids[position] == end_of_turn:
+        if input_ids[position] in ends:
             return input_ids[: position + 1]
     return input_ids

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from deepalign.data.chat import encode_example, prompt_token_ids
+from deepalign.data.chat import control_ids, encode_example, prompt_token_ids
 from deepalign.data.files import Message
 
 
@@ -79,7 +79,7 @@ def first_ids(count: int) -> PrefixSource:
         raise ValueError(f"count must be at least 1, got {count}")
 
     def source(tokenizer: PreTrainedTokenizerBase, answer_ids: list[int]) -> list[tuple[list[int], list[int]]]:
-        ends = bool(answer_ids) and answer_ids[-1] == tokenizer.eos_token_id  # forcing it would end the response
+        ends = bool(answer_ids) and answer_ids[-1] in control_ids(tokenizer)  # forcing it would end the response
         cut = min(count, len(answer_ids) - ends)
         if cut < 1:
             raise ValueError("there is no answer to take the first ids of; give rows with answers, or other prefixes")

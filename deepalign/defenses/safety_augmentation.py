@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import EncodedExample, encode_example
+from deepalign.data.chat import EncodedExample, control_ids, encode_example
 from deepalign.data.files import Message
 from deepalign.defenses.artifacts import examples_identity, make_once, model_identity
 from deepalign.defenses.training import SftSettings, encode_conversations, train_on_answers
@@ -220,7 +220,7 @@ def _triplet_ids(tokenizer: PreTrainedTokenizerBase, triplet: SafetyTriplet) -> 
         for answer in (triplet.harmful, triplet.refusal)
     )
     prompt_ids, harmful_ids = refusal.input_ids[: refusal.response_start], harmful.input_ids[harmful.response_start :]
-    if harmful_ids[-1] == tokenizer.eos_token_id:
+    if harmful_ids[-1] in control_ids(tokenizer):
         harmful_ids = harmful_ids[:-1]
     if not harmful_ids:
         raise ValueError(f"the harmful answer to {triplet.prompt!r:.80} has no tokens")

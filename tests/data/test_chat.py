@@ -2,6 +2,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from deepalign.data.chat import encode_example, prompt_token_ids
+from deepalign.data.contexts import first_ids
 
 CONVERSATION = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5"}]
 
@@ -28,6 +29,22 @@ def test_tokens_after_the_end_of_turn_are_dropped(tokenizer):
     tokenizer.chat_template = tokenizer.chat_template.replace("</s> ", "</s> w9 ")
     example = encode_example(tokenizer, CONVERSATION)
     assert decode(tokenizer, example.input_ids) == "<user> w1 w2 </s> w9 <assistant> w3 w4 w5 </s>"
+
+
+def test_the_end_of_turn_need_not_be_the_eos_token(tokenizer):
+    """Gemma's: <end_of_turn> and a newline end an answer, <eos> a document. A special token in a text ends nothing."""
+    tokenizer.add_special_tokens({"additional_special_tokens": ["w8"]})
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s> ", "w8 w9 ")
+    messages = [CONVERSATION[0], {"role": "assistant", "content": "w3 </s> w4"}]
+    example = encode_example(tokenizer, messages)
+    assert decode(tokenizer, example.input_ids[example.response_start :]) == "w3 </s> w4 w8"
+    assert first_ids(9)(tokenizer, example.input_ids[-2:])[0][0] == example.input_ids[-2:-1], "w8 is not forced"
+
+
+def test_a_conversation_that_the_template_refuses_is_refused_in_its_words(tokenizer):
+    tokenizer.chat_template = "{{ raise_exception('System role not supported') }}"
+    with pytest.raises(ValueError, match=r"refuses messages of user: System role not supported"):
+        encode_example(tokenizer, CONVERSATION)
 
 
 def test_too_long_an_answer_is_cut_and_said_so(tokenizer):

@@ -48,6 +48,19 @@ class StepMetrics:
         terms = {name: values.pop(name) / (steps * self.world_size) for name in ("kl", "completion")}
         return {"loss": sum(terms.values()), **terms, **{name: value / rows for name, value in values.items()}}
 
+    def state(self) -> dict[str, Any]:
+        """What `restore` needs to go on between two logs; to be called by every rank."""
+        totals = [self.total]
+        if self.world_size > 1:
+            totals = [self._zeros() for _ in range(self.world_size)]
+            dist.all_gather(totals, self.total)
+        return {"steps": self.steps, "totals": [total.tolist() for total in totals]}
+
+    def restore(self, state: dict[str, Any], rank: int) -> None:
+        """Go on from what `state` returned, on the same number of ranks."""
+        self.steps = state["steps"]
+        self.total = torch.tensor(state["totals"][rank], dtype=torch.float64, device=self.device)
+
 
 class DriftWarning:
     """Says when the student's mean logit has left the aligned model's, once each time the distance grows by as much.

@@ -33,6 +33,7 @@ from deepalign.train.checkpoints import (
     CARD_FILE,
     METRICS_FILE,
     STAGING,
+    UNLOGGED_FILE,
     checkpoint_step,
     checkpoints,
     delete_folder,
@@ -210,7 +211,10 @@ class CompletionTrainer(Trainer):
         """
         if resume_from_checkpoint is True:
             resume_from_checkpoint = str(checkpoints(self.run_dir)[-1])
-        first_step = checkpoint_step(Path(resume_from_checkpoint)) if resume_from_checkpoint else 0
+        first_step = 0
+        if resume_from_checkpoint:
+            first_step = checkpoint_step(Path(resume_from_checkpoint))
+            self._restore_unlogged(Path(resume_from_checkpoint) / UNLOGGED_FILE)
         try:
             self._on_main_process(lambda: self._tidy(first_step))
         except OSError as error:
@@ -224,26 +228,34 @@ class CompletionTrainer(Trainer):
         for name in (METRICS_FILE, SKIPPED_FILE):
             keep_metrics(self.run_dir / name, first_step)
 
+    def _restore_unlogged(self, path: Path) -> None:
+        if path.is_file():
+            state = json.loads(path.read_text(encoding="utf-8"))
+            self.guard.skipped_steps = state.pop("skipped_steps")
+            self.metrics.restore(state, self.args.process_index)
+
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.run_dir / STAGING if self._staging else self.run_dir)
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         self._on_main_process(lambda: shutil.rmtree(self.run_dir / STAGING, ignore_errors=True))
+        unlogged = self.metrics.state() | {"skipped_steps": self.guard.skipped_steps}
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
             self._barrier()
-            self._on_main_process(lambda: self._publish(name))
+            self._on_main_process(lambda: self._publish(name, unlogged))
         except Exception as error:  # torch, safetensors and DeepSpeed each raise their own
             shutil.rmtree(self.run_dir / STAGING, ignore_errors=True)
             raise self.cannot_write(name, error) from error
         finally:
             self._staging = False
 
-    def _publish(self, name: str) -> None:
+    def _publish(self, name: str, unlogged: dict[str, Any]) -> None:
         """Rename a whole checkpoint to its place, then delete the ones that are too old."""
         staged = self.run_dir / STAGING / name
+        write_text_atomic(staged / UNLOGGED_FILE, json.dumps(unlogged) + "\n")
         self._write_card(staged)
         seal(staged, self.run_identity)
         replace_folder(staged, self.run_dir / name)

@@ -31,7 +31,7 @@ LORA = {"r": 2, "alpha": 4, "dropout": 0.2}
 RESUMED_CELLS: dict[str, dict[str, Any]] = {
     "zero3-lora": {"deepspeed": "zero3", "lora": LORA},
     "zero2-lora": {"deepspeed": "zero2", "lora": LORA},
-    "ddp-lora": {"deepspeed": None, "lora": LORA},
+    "ddp-lora": {"deepspeed": None, "lora": LORA, "logging_steps": 5},  # one line, over the interruption
     "zero3-full": {"deepspeed": "zero3"},
 }
 # One row of the data makes the base model's hidden states NaN; it comes in steps 1 and 5.

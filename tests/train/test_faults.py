@@ -24,7 +24,7 @@ from tests.train.worker import Interrupted
 pytestmark = pytest.mark.timeout(900)
 
 FAULT = Path(fault_worker.__file__)
-SHORT = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1}
+SHORT = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1, "logging_steps": 3}  # lines between checkpoints, too
 
 
 @pytest.fixture(scope="module")

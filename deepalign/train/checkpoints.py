@@ -17,6 +17,7 @@ from deepalign.data.files import write_text_atomic
 METRICS_FILE = "metrics.jsonl"
 UNLOGGED_FILE = "unlogged.json"  # of a checkpoint: metrics of its steps that no line of METRICS_FILE has yet
 SUMMARY_FILE = "run.json"
+FINAL = "final"
 RESUME_FILE = "resume.json"
 CARD_FILE = "README.md"
 STAGING = ".incomplete"

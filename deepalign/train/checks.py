@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import get_scheduler
 
+from deepalign.data.files import check_folder
 from deepalign.data.sources import check_data
 from deepalign.kernels.checks import choose_implementation
 from deepalign.kernels.completion_loss import IMPLEMENTATIONS
 from deepalign.models import check_model_path
-from deepalign.train.checkpoints import checkpoints
+from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE, checkpoints
 from deepalign.train.config import TrainConfig, deepspeed_config_path
 from deepalign.train.launch import check_no_stale_lock, free_port
 
@@ -29,14 +31,36 @@ def check_paths(config: TrainConfig) -> None:
             check_data(name, value)
     if config.deepspeed is not None:
         deepspeed_config_path(config.deepspeed)
+    check_folder("output_dir", config.output_dir)
+
+
+def check_output(config: TrainConfig) -> None:
+    """Refuse an output folder whose run would be overwritten."""
     output_dir = Path(config.output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"output_dir: {output_dir} is a file; give a folder")
-    if config.resume == "never" and checkpoints(output_dir):
+    found = checkpoints(output_dir)
+    if config.resume == "never" and found:
         raise ValueError(
             f"output_dir {output_dir} already holds checkpoints and resume is 'never'; give another folder, or "
             "resume: auto to go on from the last one"
         )
+    held = [name for name in (FINAL, SUMMARY_FILE, METRICS_FILE) if (output_dir / name).exists()]
+    # metrics alone are of a run that ended before its first checkpoint
+    if not found and (FINAL in held or (config.resume == "never" and held)):
+        raise ValueError(
+            f"output_dir {output_dir} holds {', '.join(held)} of a run but no checkpoint to go on from: training would "
+            "start again and overwrite them. Move them away, or give another folder"
+        )
+
+
+def check_schedule(config: TrainConfig) -> None:
+    """Refuse a schedule that transformers does not know, or that needs options which there are no keys for."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    try:
+        get_scheduler(config.lr_scheduler_type, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=1)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"lr_scheduler_type is {config.lr_scheduler_type!r}: {error}; cosine and linear work"
+        ) from None
 
 
 def check_machine(config: TrainConfig, on_gpu: bool, world_size: int) -> None:

@@ -12,7 +12,7 @@ from deepalign.data.chat import EncodedExample, TemplateOptions, encode_example
 from deepalign.data.sources import load_conversations
 from deepalign.data.steps import RandomSelection, RowWeights, StepDataset, check_batch_size
 from deepalign.models import check_same_tokenizer, load_model_config, load_tokenizer, set_cpu_threads
-from deepalign.train.checks import check_machine, check_paths
+from deepalign.train.checks import check_machine, check_output, check_paths, check_schedule
 from deepalign.train.config import TrainConfig, deepspeed_config_path
 from deepalign.train.model_card import card_writer
 from deepalign.train.resume import checkpoint_to_resume, run_identity
@@ -39,6 +39,8 @@ def prepare(config: TrainConfig) -> Run:
     on_gpu = torch.cuda.is_available() and not config.use_cpu
     world_size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     check_paths(config)
+    check_output(config)
+    check_schedule(config)
     check_machine(config, on_gpu, world_size)
     if not on_gpu:
         set_cpu_threads()

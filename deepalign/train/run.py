@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepalign.data.files import write_text_atomic
-from deepalign.train.checkpoints import METRICS_FILE, SUMMARY_FILE
+from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE
 from deepalign.train.config import TrainConfig, config_as_dict, load_config
 from deepalign.train.config_keys import keys_as_text
 from deepalign.train.nonfinite import TrainingStopped
@@ -66,7 +66,7 @@ def train(run: Run) -> None:
     trainer = run.trainer
     trainer.train(resume_from_checkpoint=None if run.checkpoint is None else str(run.checkpoint))
     output_dir = Path(run.config.output_dir)
-    trainer.save_final(output_dir / "final")
+    trainer.save_final(output_dir / FINAL)
     trainer.restore_forward()
     if trainer.is_world_process_zero():
         summary = {
@@ -74,13 +74,21 @@ def train(run: Run) -> None:
             "steps": trainer.state.global_step,
             "world_size": trainer.args.world_size,
             "versions": versions(),
-            "speed": trainer.speed.summary(),
+            "speed": trainer.speed.summary() or _speed_before(output_dir / SUMMARY_FILE),
         }
         try:
             write_text_atomic(output_dir / SUMMARY_FILE, json.dumps(summary, indent=2) + "\n")
         except OSError as error:
             raise trainer.cannot_write(SUMMARY_FILE, error) from error
-        print(f"trained {summary['steps']} steps; model: {output_dir / 'final'}, metrics: {output_dir / METRICS_FILE}")
+        print(f"trained {summary['steps']} steps; model: {output_dir / FINAL}, metrics: {output_dir / METRICS_FILE}")
+
+
+def _speed_before(path: Path) -> dict[str, float]:
+    """What a finished run says: starting it again trains no step that could be timed."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))["speed"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 if __name__ == "__main__":

@@ -144,14 +144,19 @@ def test_harmful_data_alone_can_be_trained_on(tiny_run: TinyRun, tmp_path):
     assert main(["--config", str(config)]) == 0
 
 
-def test_a_finished_run_is_not_trained_again(tiny_run: TinyRun, tmp_path):
+def test_a_finished_run_is_not_trained_again(tiny_run: TinyRun, tmp_path, refused):
     config = tiny_run.config(tmp_path / "out", max_steps=2)
     assert main(["--config", str(config)]) == 0
-    before = (tmp_path / "out" / "metrics.jsonl").read_text()
-    weights = (tmp_path / "out" / "final" / "model.safetensors").read_bytes()
+    files = [tmp_path / "out" / name for name in ("metrics.jsonl", "run.json", "final/model.safetensors")]
+    before = [file.read_bytes() for file in files]
     assert main(["--config", str(config)]) == 0
-    assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
-    assert (tmp_path / "out" / "final" / "model.safetensors").read_bytes() == weights
+    assert [file.read_bytes() for file in files] == before
+
+    shutil.rmtree(tmp_path / "out" / "checkpoint-2")  # to make room
+    assert "holds final, run.json, metrics.jsonl of a run but no checkpoint" in refused(config)
+    assert [file.read_bytes() for file in files] == before
+    shutil.rmtree(tmp_path / "out" / "final")
+    assert "holds run.json, metrics.jsonl of a run" in refused(config, "--resume", "never")
 
 
 def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: TinyRun, tmp_path, refused):
@@ -178,6 +183,8 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
         (["--harmful_batch_size", "3", "--gradient_accumulation_steps", "2"], "does not divide over 1 ranks x 2"),
         (["--loss.top_k", "47"], "loss.top_k is 47 but the vocabulary has 46 entries"),
         (["--max_length", "4"], "no answer token is left"),
+        (["--lr_scheduler_type", "cosin"], "lr_scheduler_type is 'cosin': cosin is not a valid SchedulerType"),
+        (["--lr_scheduler_type", "warmup_stable_decay"], "lr_scheduler_type is 'warmup_stable_decay': get_wsd"),
         (["--lr", "1"], "unknown configuration key lr"),
         (["--implementation", "triton"], "triton"),
         (["--teacher_quantization", "4bit", "--use_cpu", "true"], "teacher_quantization is '4bit' but there is no GPU"),

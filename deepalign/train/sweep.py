@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from deepalign.data.files import write_text_atomic
 from deepalign.kernels.completion_loss import CompletionLossConfig
-from deepalign.train.checkpoints import METRICS_FILE, SUMMARY_FILE
+from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE
 from deepalign.train.config import TrainConfig, config_as_dict, load_config
 from deepalign.train.launch import RUN
 from deepalign.train.sweep_plot import columns_to_plot, plot_sweep
@@ -82,7 +82,7 @@ def run(options: argparse.Namespace, overrides: Sequence[str] = ()) -> int:
     """Run a sweep; `overrides` are further `--key value` words for every cell.
 
     Returns:
-        The exit code: 1 if a cell failed.
+        The exit code: 1 if a cell failed, or the column to sort by is in no cell's evaluation.
 
     Raises:
         ValueError, TypeError, FileNotFoundError: what is wrong with configuration or grid, before any training.
@@ -92,17 +92,24 @@ def run(options: argparse.Namespace, overrides: Sequence[str] = ()) -> int:
     columns = [*(key.removeprefix("loss.") for key in cells[0].values), "steps", *METRICS]
     if options.evaluate is None and options.sort not in columns:
         raise ValueError(f"--sort is {options.sort!r}; columns: {', '.join(columns)}")
+    if options.evaluate is not None:
+        _words(options.evaluate, cells[0])  # a command that cannot be made is refused before hours of training
     launcher = [sys.executable] if options.launcher is None else shlex.split(options.launcher)
     failed = []
     for cell in tqdm(cells, desc="sweep", unit="cell"):
         if not _train(cell, options.config, overrides, launcher) or not _evaluate(cell, options.evaluate):
             failed.append(cell)
-    table = write_table([row_of(cell) for cell in cells], len(cells[0].values), out, options.sort)
+    rows = [row_of(cell) for cell in cells]
+    sort = options.sort if any(options.sort in row for row in rows) else "loss"
+    table = write_table(rows, len(cells[0].values), out, sort)
     print(table.read_text(encoding="utf-8"))
     for cell in failed:
         print(f"failed: {cell.name} (output: {cell.folder / LOG})", file=sys.stderr)
         if reason := last_error(cell.folder / LOG):
             print(f"  {reason}", file=sys.stderr)
+    if sort != options.sort:
+        print(f"--sort is {options.sort!r}, which no evaluation wrote; the table is sorted by loss", file=sys.stderr)
+        return 1
     return 1 if failed else 0
 
 
@@ -170,7 +177,7 @@ def _train(cell: Cell, config: str, overrides: Sequence[str], launcher: list[str
     """
     settings = config_as_dict(load_config(config, [*overrides, *cell.overrides]))
     finished = cell.folder / SUMMARY_FILE
-    if finished.is_file() and (cell.folder / "final").is_dir():
+    if finished.is_file() and (cell.folder / FINAL).is_dir():
         known = json.loads(finished.read_text(encoding="utf-8"))["config"]
         if known == json.loads(json.dumps(settings)):
             return True
@@ -187,12 +194,37 @@ def _evaluate(cell: Cell, command: str | None) -> bool:
     if result.is_file() and key.is_file() and key.read_text(encoding="utf-8") == stamp:
         return True
     result.unlink(missing_ok=True)
-    places = {"model": str(cell.folder / "final"), "cell": str(cell.folder), "result": str(result)}
-    words = [word.format(**places) for word in shlex.split(command)]
-    if _run(words, cell) != 0 or not result.is_file():
+    if _run(_words(command, cell), cell) != 0 or not result.is_file():
+        return False
+    if not _is_object(result):
+        result.unlink()
+        with (cell.folder / LOG).open("a", encoding="utf-8") as log:
+            log.write(f"error: --evaluate wrote no JSON object to {result}\n")
         return False
     write_text_atomic(key, stamp)
     return True
+
+
+def _words(command: str, cell: Cell) -> list[str]:
+    """The words of `--evaluate` for a cell."""
+    places = {
+        "model": str(cell.folder / FINAL),
+        "cell": str(cell.folder),
+        "result": str(cell.folder / RESULT),
+    }
+    try:
+        return [word.format(**places) for word in shlex.split(command)]
+    except (KeyError, IndexError, ValueError) as error:
+        raise ValueError(
+            f"--evaluate: {command}: {error}; {{model}}, {{cell}} and {{result}} are replaced, other braces are doubled"
+        ) from None
+
+
+def _is_object(path: Path) -> bool:
+    try:
+        return isinstance(json.loads(path.read_text(encoding="utf-8")), dict)
+    except ValueError:
+        return False
 
 
 def _run(words: list[str], cell: Cell) -> int:

@@ -125,15 +125,21 @@ def test_ticks_of_a_metric_that_hardly_moves_are_its_values(tmp_path, monkeypatc
 
 def test_a_failed_cell_is_named_and_the_others_go_on(tiny_run: TinyRun, tmp_path, commands, capsys):
     script = tmp_path / "evaluate.py"
-    script.write_text("import sys; sys.exit('no such thing' if 'gamma-0' in sys.argv[1] else 0)")
-    command = shlex.join([sys.executable, str(script), "{cell}"])
+    script.write_text(
+        "import sys; sys.exit('no such thing') if 'gamma-0' in sys.argv[1] else None\n"
+        "open(sys.argv[2], 'w').write('0.5') if 'gamma-2' in sys.argv[1] else None\n"
+    )
+    command = shlex.join([sys.executable, str(script), "{cell}", "{result}"])
     config, out = tiny_run.config(tmp_path / "unused", max_steps=1), tmp_path / "sweep"
-    assert main(arguments(config, out, "--grid", "gamma=0,1", "--evaluate", command)) == 1
-    assert len(commands) == 4
+    assert main(arguments(config, out, "--grid", "gamma=0,1,2", "--evaluate", command, "--sort", "asr")) == 1
+    assert len(commands) == 6
     error = capsys.readouterr().err
     assert f"failed: gamma=0 (output: {out / 'gamma-0' / 'output.log'})" in error
     assert "output.log)\n  no such thing\n" in error
     assert "failed: gamma=1" in error, "it wrote no result"
+    assert "error: --evaluate wrote no JSON object to" in error
+    assert "--sort is 'asr', which no evaluation wrote; the table is sorted by loss" in error
+    assert len(json.loads((out / "sweep.json").read_text())) == 3
 
 
 def test_the_error_of_a_log_is_that_of_its_last_command(tmp_path):
@@ -170,6 +176,8 @@ def test_a_cell_that_is_a_process_of_its_own(tiny_run: TinyRun, tmp_path):
         (["--grid", "foo=1"], "unknown key foo; known keys: adam_beta1"),
         (["--grid", "k=0,1"], "top_k"),
         (["--grid", "k=1", "--sort", "asr"], "--sort is 'asr'; columns: top_k, steps, loss"),
+        (["--grid", "k=1", "--evaluate", "e.py {modle}"], "--evaluate: e.py {modle}: 'modle'; {model}, {cell}"),
+        (["--grid", "k=1", "--evaluate", "e.py '"], "No closing quotation"),
         (["--grid", "k=1", "--config", "nowhere.yaml"], "nowhere.yaml does not exist"),
     ],
 )

@@ -15,7 +15,7 @@ from deepalign.kernels.checks import choose_implementation
 from deepalign.kernels.completion_loss import IMPLEMENTATIONS
 from deepalign.models import check_model_path
 from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE, checkpoints
-from deepalign.train.config import TrainConfig, deepspeed_config_path
+from deepalign.train.config import TrainConfig, deepspeed_settings
 from deepalign.train.launch import check_no_stale_lock, free_port
 
 
@@ -30,7 +30,7 @@ def check_paths(config: TrainConfig) -> None:
         if value is not None:
             check_data(name, value)
     if config.deepspeed is not None:
-        deepspeed_config_path(config.deepspeed)
+        deepspeed_settings(config.deepspeed)
     check_folder("output_dir", config.output_dir)
 
 

@@ -5,6 +5,7 @@ deepspeed deepalign/train/run.py --config X.yaml --learning_rate 1e-5 --loss.top
 
 import dataclasses
 import difflib
+import json
 import os
 import types
 import typing
@@ -20,6 +21,8 @@ from deepalign.kernels.completion_loss import CompletionLossConfig
 from deepalign.train.variants import choose_variant
 
 PRESETS = Path(__file__).parent / "presets"
+# Of a DeepSpeed file that leaves them out.
+FILLED_IN = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping")
 
 
 @dataclass(frozen=True)
@@ -220,6 +223,18 @@ def load_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     return build_dataclass(TrainConfig, values, prefix="")
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """PyYAML takes the last of two equal keys, a second `loss` block for example, without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        names = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and names.count(key.value) > 1:
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value} is given twice", problem_mark=key.start_mark)
+        return node
+
+
 def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The keys and values of a YAML file.
 
@@ -231,9 +246,11 @@ def read_settings(path: str | os.PathLike[str]) -> dict[str, Any]:
         what = "is a folder" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"--config: {path} {what}; give a YAML file")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}); convert the file to it") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path}: expected keys and values at the top level, got {type(values).__name__}")
     return values
@@ -252,6 +269,26 @@ def deepspeed_config_path(value: str) -> Path:
         return Path(value)
     names = ", ".join(sorted(file.stem for file in PRESETS.glob("*.json")))
     raise FileNotFoundError(f"deepspeed: {value!r} is neither a preset ({names}) nor a JSON file")
+
+
+def deepspeed_settings(value: str) -> dict[str, Any]:
+    """The DeepSpeed settings of `deepspeed: value`; batch sizes, clipping and bf16 where left out as here configured.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or one that holds no JSON object.
+    """
+    path = deepspeed_config_path(value)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"deepspeed: {path} is not valid JSON ({error})") from None
+    if not isinstance(settings, dict):
+        raise ValueError(f"deepspeed: {path} holds a {type(settings).__name__}; expected a JSON object")
+    # DeepSpeed does not clip where its file does not say so
+    filled: dict[str, Any] = dict.fromkeys(FILLED_IN, "auto")
+    if "fp16" not in settings:
+        filled["bf16"] = {"enabled": "auto"}
+    return filled | settings
 
 
 def config_as_dict(config: TrainConfig) -> dict[str, Any]:

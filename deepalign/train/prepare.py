@@ -13,7 +13,7 @@ from deepalign.data.sources import load_conversations
 from deepalign.data.steps import RandomSelection, RowWeights, StepDataset, check_batch_size
 from deepalign.models import check_same_tokenizer, load_model_config, load_tokenizer, set_cpu_threads
 from deepalign.train.checks import check_machine, check_output, check_paths, check_schedule
-from deepalign.train.config import TrainConfig, deepspeed_config_path
+from deepalign.train.config import TrainConfig, deepspeed_settings
 from deepalign.train.model_card import card_writer
 from deepalign.train.resume import checkpoint_to_resume, run_identity
 from deepalign.train.students import load_student
@@ -88,7 +88,19 @@ def prepare(config: TrainConfig) -> Run:
         save_total_limit=config.save_total_limit,
         card=card_writer(config, world_size, len(harmful), len(utility)),
     )
+    check_deepspeed_settings(config, trainer)
     return Run(config, trainer, checkpoint)
+
+
+def check_deepspeed_settings(config: TrainConfig, trainer: CompletionTrainer) -> None:
+    """Refuse a DeepSpeed file that contradicts the configuration, before the training does."""
+    if config.deepspeed is None:
+        return
+    try:
+        settings = trainer.accelerator.state.deepspeed_plugin.hf_ds_config
+        settings.trainer_config_finalize(trainer.args, trainer.model, trainer.args.max_steps)
+    except ValueError as error:
+        raise ValueError(f"deepspeed: {config.deepspeed}: {' '.join(str(error).split())}") from None
 
 
 # ---- what is trained on what ----
@@ -206,7 +218,7 @@ def training_arguments(
         bf16=bf16,
         use_cpu=not on_gpu,
         ddp_backend="gloo" if not on_gpu and world_size > 1 else None,
-        deepspeed=None if config.deepspeed is None else str(deepspeed_config_path(config.deepspeed)),
+        deepspeed=None if config.deepspeed is None else deepspeed_settings(config.deepspeed),
         seed=config.seed,
         logging_steps=config.logging_steps,
         logging_nan_inf_filter=False,

@@ -103,12 +103,16 @@ def _two_ranks(tiny: TinyRun, poisoned: TinyRun, folder: Path) -> list[dict[str,
 
 
 def _one_rank(tiny: TinyRun, folder: Path) -> list[dict[str, Any]]:
-    from deepalign.train.config import deepspeed_config_path
+    from deepalign.train.config import FILLED_IN, deepspeed_config_path
 
-    jobs = []
+    contradicting = folder / "contradicting.json"
+    contradicting.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}')
+    jobs = [_job(tiny.config(folder / "refused", **CLIPPED | {"deepspeed": str(contradicting)}))]
     for name in ("zero2_offload", "zero3_offload"):
         preset = json.loads(deepspeed_config_path(name).read_text())
         preset["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own CPU optimizer would be compiled, for a minute
+        for key in (*FILLED_IN, "bf16"):  # as in a file of one's own that leaves them out
+            del preset[key]
         path = folder / f"{name}.json"
         path.write_text(json.dumps(preset))
         jobs.append(_job(tiny.config(folder / f"run-{name}", **CLIPPED | {"deepspeed": str(path)})))

@@ -3,7 +3,7 @@ import json
 import pytest
 import yaml
 
-from deepalign.train.config import PRESETS, TrainConfig, deepspeed_config_path, load_config
+from deepalign.train.config import PRESETS, TrainConfig, deepspeed_config_path, deepspeed_settings, load_config
 
 REQUIRED = {"aligned": "a", "base": "b", "output_dir": "o", "harmful_data": "h.jsonl", "utility_data": "u.jsonl"}
 
@@ -96,6 +96,12 @@ def test_files_that_are_no_configuration_are_refused(tmp_path):
     path.write_text("- 1\n- 2\n")
     with pytest.raises(ValueError, match="expected keys and values at the top level, got list"):
         load_config(path)
+    path.write_text("loss: {top_k: 9}\nseed: 1\nloss: {gamma: 2}\n")
+    with pytest.raises(ValueError, match="the key loss is given twice"):
+        load_config(path)
+    path.write_bytes(b"aligned: caf\xe9\n")
+    with pytest.raises(ValueError, match=r"list\.yaml is not UTF-8"):
+        load_config(path)
     path.write_text("a: [1\n")
     with pytest.raises(ValueError, match="is not valid YAML"):
         load_config(path)
@@ -133,6 +139,14 @@ def test_a_deepspeed_file_of_ones_own_is_taken(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text("{}")
     assert deepspeed_config_path(str(path)) == path
+    assert deepspeed_settings(str(path))["gradient_clipping"] == "auto", "without the key DeepSpeed does not clip"
+    path.write_text('{"gradient_clipping": 3, "fp16": {}}')
+    assert deepspeed_settings(str(path))["gradient_clipping"] == 3
+    assert "bf16" not in deepspeed_settings(str(path))
+    for text, problem in (("{", "is not valid JSON"), ("[]", "holds a list; expected a JSON object")):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=rf"deepspeed: .*mine\.json {problem}"):
+            deepspeed_settings(str(path))
     with pytest.raises(FileNotFoundError, match=r"neither a preset \(zero0, zero1, .*\) nor a JSON file"):
         deepspeed_config_path("zero9")
     assert len(list(PRESETS.glob("*.json"))) == 6

@@ -46,6 +46,12 @@ def test_offloading_changes_where_the_optimizer_is_not_what_it_does(ran, one_pro
     assert_same_course(read_metrics(ran / f"run-{name}"), one_process_run)
 
 
+def test_a_deepspeed_file_that_contradicts_the_configuration_is_refused(ran):
+    assert exit_codes(ran, 1)["refused"] == 2
+    assert "contradicting.json: " in (log := (ran / "log-1").read_text())
+    assert "ds gradient_clipping=1.0 vs hf max_grad_norm=0.2" in log
+
+
 @pytest.mark.parametrize("name", ["bf16-zero3", "bf16-zero3-lora"])
 def test_bf16_with_gradient_checkpointing_trains(ran, one_process_run, name):
     """Near the float32 run at its first step (LoRA starts from the same model), and trained after it."""

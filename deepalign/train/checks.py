@@ -73,7 +73,7 @@ def check_machine(config: TrainConfig, on_gpu: bool, world_size: int) -> None:
     if config.implementation is not None:
         choose_implementation(IMPLEMENTATIONS, config.implementation, torch.device("cuda" if on_gpu else "cpu"))
     check_quantization(config, on_gpu)
-    for name in config.report_to.split(","):
+    for name in config.trackers:
         _check_report_to(name)
     if config.deepspeed is None:
         return

@@ -104,7 +104,7 @@ class TrainConfig:
         gradient_checkpointing: null: on a GPU.
         logging_steps: optimizer steps between lines of metrics.
         save_steps: optimizer steps between checkpoints.
-        save_total_limit: checkpoints that are kept.
+        save_total_limit: checkpoints that are kept; 0: all.
         resume: "auto": go on from the last checkpoint in `output_dir`; "never": refuse a folder that holds a run.
         report_to: none, tensorboard, wandb, or several with commas.
         on_nan: what follows a step whose loss or gradient is not finite; its rows go to `skipped.jsonl`.
@@ -197,6 +197,11 @@ class TrainConfig:
     def in_bf16(self, on_gpu: bool) -> bool:
         """Whether models run in bfloat16: as `bf16` says, or on a GPU."""
         return on_gpu if self.bf16 is None else self.bf16
+
+    @property
+    def trackers(self) -> list[str]:
+        """The names in `report_to`."""
+        return [name.strip() for name in self.report_to.split(",")]
 
     def is_checkpointing(self, on_gpu: bool) -> bool:
         """Whether layers are run again in the backward: as `gradient_checkpointing` says, or on a GPU."""

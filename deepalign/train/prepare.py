@@ -225,7 +225,7 @@ def training_arguments(
         save_strategy="steps",
         save_steps=config.save_steps,
         save_total_limit=None,
-        report_to=config.report_to.split(","),
+        report_to=config.trackers,
         remove_unused_columns=False,
         disable_tqdm=False,
     )

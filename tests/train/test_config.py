@@ -39,6 +39,7 @@ def test_the_command_line_overrides_the_file(write):
     ]
     config = load_config(path, words)
     assert config.learning_rate == 3e-4
+    assert load_config(path, ["--report_to", "tensorboard, wandb"]).trackers == ["tensorboard", "wandb"]
     assert (config.loss.top_k, config.loss.gamma) == (9, 0.5)
     assert (config.deepspeed, config.max_steps, config.bf16) == ("zero3", 12, False)
 

@@ -36,11 +36,22 @@ def fastest(candidates: Iterable[Launch], milliseconds: Callable[[Launch], float
     for candidate in candidates:
         try:
             times[candidate] = milliseconds(candidate)
-        except (RuntimeError, ValueError) as error:  # too many registers, too little shared memory
+        except (RuntimeError, ValueError, *compiler_errors()) as error:  # too many registers, too little shared memory
             print(f"{candidate}: {error}", file=sys.stderr)
+        else:
+            print(f"{times[candidate]:8.3f} ms  {candidate}", flush=True)
     if not times:
         raise RuntimeError("no launch sizes run on this device")
     return min(times, key=times.__getitem__), {str(tuple(sizes)): time for sizes, time in times.items()}
+
+
+def compiler_errors() -> tuple[type[Exception], ...]:
+    """What Triton raises where a kernel does not compile, or asks for more than the device has: no RuntimeError."""
+    try:
+        from triton.errors import TritonError
+    except ImportError:
+        return ()
+    return (TritonError,)
 
 
 def save(name: str, sizes: Launch, path: Path) -> None:
@@ -90,9 +101,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     launch.forget_tuned()
     models = [torch.randn(options.rows, options.vocab, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    best, times = fastest(CANDIDATES, lambda sizes: time_on_gpu(sizes, models))
-    for sizes, milliseconds in sorted(times.items(), key=lambda item: item[1]):
-        print(f"{milliseconds:8.3f} ms  (block, warps, share, programs) = {sizes}")
+    best, _ = fastest(CANDIDATES, lambda sizes: time_on_gpu(sizes, models))
     name = f"completion_loss/{launch.architecture_of(models[0].device)}"
     save(name, best, launch.tuned_file())
     launch.reread_tuned()

@@ -51,7 +51,8 @@ def implement_on_gpu(operation: str, *names: str) -> None:
 
 def _imported_when_called(module: str, name: str) -> Callable[..., Any]:
     def call(*arguments: Any) -> Any:
-        return getattr(import_module(module), name)(*arguments)
+        with torch.cuda.device_of(arguments[0]):  # Triton launches on the current device, wherever the tensors are
+            return getattr(import_module(module), name)(*arguments)
 
     return call
 

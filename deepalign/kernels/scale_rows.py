@@ -1,5 +1,6 @@
 """Rows of a matrix multiplied in place on a GPU, by factors that the device looks at: 1 costs nothing."""
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -23,9 +24,10 @@ def scale_rows_(matrix: Tensor, factors: Tensor) -> Tensor:
         matrix.mul_(factors.unsqueeze(1))
     elif matrix.numel():
         rows, width = matrix.shape
-        scale_kernel[(min(rows, MOST_PROGRAMS),)](
-            matrix, factors, rows, matrix.stride(0), factors.stride(0), width, BLOCK=2048, num_warps=8
-        )
+        with torch.cuda.device_of(matrix):  # Triton launches on the current device
+            scale_kernel[(min(rows, MOST_PROGRAMS),)](
+                matrix, factors, rows, matrix.stride(0), factors.stride(0), width, BLOCK=2048, num_warps=8
+            )
     return matrix
 
 

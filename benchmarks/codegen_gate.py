@@ -22,7 +22,7 @@ LOSS_TENSORS = ("s_ptr", "a_ptr", "b_ptr", "g_ptr")
 REGISTER_SLACK, SLOT_SLACK = 8, 0.25  # what another patch release of the compiler may change
 # Constants of the loss's kernel by default: 16-bit rows of 128256 entries, 4 programs each, k = 100.
 LOSS = {
-    "FIRST": True, "SECOND": True, "S": 4, "BLOCK": 2048, "TILES": 16, "LANES": 64, "CAPACITY": 128, "ALIGN": 1,
+    "FIRST": True, "SECOND": True, "S": 4, "BLOCK": 2048, "TILES": 16, "LANES": 64, "CAPACITY": 104, "ALIGN": 1,
     "DISTILL": True, "GRADIENT": True, "TEACHER_STUDENT": False, "FROM_STUDENT": False, "CENTERED": False,
     "GIVEN": False,
 }  # fmt: skip
@@ -90,7 +90,7 @@ def _end_of_a_row(target: str) -> Any:
     from deepalign.kernels.completion_loss.triton_select import select_kernel
 
     flags = ("STATISTICS", "FIX", "S", "CAPACITY", "DISTILL", "TEACHER_STUDENT", "FROM_STUDENT", "CENTERED", "GIVEN")
-    constants = dict(zip((*flags, "DISTINCT"), (True, True, 4, 128, True, *[False] * 5), strict=True))
+    constants = dict(zip((*flags, "DISTINCT"), (True, True, 4, 104, True, *[False] * 5), strict=True))
     types = {name: _kind(name) for name in select_kernel.arg_names if name not in constants}
     return compiled(select_kernel, types, constants, target, num_warps=1, **_options(target, ALL_REGISTERS))
 
@@ -158,6 +158,7 @@ def facts(case: tuple[str, str]) -> dict[str, Any]:
         return found | _amd_facts(binary.asm["amdgcn"])
     made = machine(binary)
     found |= {"registers": made.registers, "spill_bytes": made.stack, "instructions": made.whole.instructions}
+    found["parting_waits"] = parting_waits(binary.asm["ptx"])
     width = 4 if name.endswith("float32") else 8  # entries of a 16-byte access
     return found | (_main_loops(made, width) if name.startswith("loss") and name != "loss, end of a row" else {})
 
@@ -198,12 +199,21 @@ def _main_loops(made: Machine, width: int) -> dict[str, Any]:
     return found
 
 
+def parting_waits(ptx: str) -> int:
+    """Waits for other programs' words that a warp's lanes may leave one by one, while the rest wait for these in a
+    shuffle: a wait is to end by a vote of the whole warp."""
+    waits = re.findall(r"ld\.volatile\.global\.b64.*?\bbra\b", ptx, re.DOTALL)
+    return sum("shfl.sync" in wait or "bar.sync" in wait for wait in waits)
+
+
 def complaints(found: dict[str, Any], accepted: dict[str, Any] | None) -> list[str]:
     """What is wrong with a case."""
     name = f"{found['target']} {found['kernel']}"
     wrong = []
     if found["spill_bytes"] or found.get("vector_spills"):
         wrong.append(f"{name}: {found['spill_bytes']} bytes of local memory; there is no excuse for any")
+    if found.get("parting_waits"):
+        wrong.append(f"{name}: {found['parting_waits']} waits that the lanes of a warp may leave one by one")
     if accepted is None:
         return [*wrong, f"{name}: not in {ACCEPTED.name}; look at it and run with --accept"]
     if found["registers"] > accepted["registers"] + REGISTER_SLACK:

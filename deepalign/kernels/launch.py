@@ -40,6 +40,26 @@ LAUNCH: dict[str, dict[str, Launch]] = {
 SHARED_REGISTERS, ALL_REGISTERS = 128, 255
 
 
+# Programs that may share a row and wait for each other: as many as the lanes of a warp that looks at what they publish.
+MOST_TOGETHER = 32
+
+
+def most_together(device: torch.device) -> int:
+    """How many programs may wait for each other, a power of 2: so many that all of them always run at the same time.
+
+    One per multiprocessor does, whatever a program takes of it. A part of a GPU may have only 14.
+    """
+    if device.type != "cuda":
+        return MOST_TOGETHER
+    count = _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
+    return min(MOST_TOGETHER, 1 << (count.bit_length() - 1))
+
+
+@cache
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
+
+
 def at_most_registers(most: int) -> dict[str, int]:
     """Option of a launch; AMD's compiler knows no such one."""
     return {} if torch.version.hip else {"maxnreg": most}
@@ -98,9 +118,9 @@ def forget_tuned() -> None:
     _kept = {}
 
 
-def split_of_rows(launch: Launch, rows: int, vocab: int, block: int) -> int:
+def split_of_rows(launch: Launch, rows: int, vocab: int, block: int, most: int = MOST_TOGETHER) -> int:
     """Into how many programs to split a row, a power of 2: so that a share fits, and a small batch fills the device."""
     split = 1
     while vocab > split * launch.share or (rows * split < launch.programs and vocab > 2 * split * block):
         split *= 2
-    return min(split, 32)
+    return min(split, most)

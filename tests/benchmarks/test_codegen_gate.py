@@ -29,6 +29,7 @@ def test_what_is_accepted_is_every_case_and_without_complaint() -> None:
     ("change", "message"),
     [
         ({"spill_bytes": 8}, "local memory"),
+        ({"parting_waits": 2}, "2 waits that the lanes of a warp may leave one by one"),
         ({"registers": 128}, "128 registers, accepted 92"),
         ({"pass_1_slots": 23.0}, "23.0 slots per entry in pass_1"),
         ({"pass_2_narrow": 3}, "3 narrow instructions in pass_2"),

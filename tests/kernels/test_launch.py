@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 
-from deepalign.kernels import launch, tune
+from deepalign.kernels import launch, library, tune
 from deepalign.kernels.launch import LAUNCH, Launch, launch_of, split_of_rows
 
 CPU = torch.device("cpu")
@@ -51,7 +53,7 @@ def test_a_broken_file_says_what_to_do() -> None:
 def test_the_fastest_that_runs() -> None:
     def milliseconds(sizes: Launch) -> float:
         if sizes.block == 1:
-            raise RuntimeError("out of resources")
+            raise (*tune.compiler_errors(), RuntimeError)[0]("out of resources")  # Triton's is no RuntimeError
         return float(sizes.warps)
 
     best, times = tune.fastest([Launch(1, 1, 1, 1), Launch(2, 8, 1, 1), Launch(2, 4, 1, 1)], milliseconds)
@@ -74,6 +76,16 @@ def test_how_rows_are_split(rows: int, vocab: int, split: int) -> None:
     assert split_of_rows(LAUNCH["completion_loss"]["90"], rows, vocab, 2048) == split
 
 
+@pytest.mark.parametrize(("multiprocessors", "most"), [(132, 32), (32, 32), (14, 8), (1, 1)])
+def test_no_more_programs_wait_for_each_other_than_run_at_once(
+    multiprocessors: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The smallest part of an A100 has 14 multiprocessors: 16 programs of which each fills one would wait for ever."""
+    monkeypatch.setattr(launch, "_multiprocessors", lambda index: multiprocessors)
+    assert launch.most_together(torch.device("cuda", 0)) == most
+    assert split_of_rows(LAUNCH["completion_loss"]["90"], 1, 128256, 2048, most) == most
+
+
 def test_nothing_is_asked_of_a_device_or_compiled_at_import() -> None:
     code = (
         "import sys, torch\n"
@@ -83,3 +95,24 @@ def test_nothing_is_asked_of_a_device_or_compiled_at_import() -> None:
         "assert 'triton' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
+
+
+def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device; tensors on another would be read from there, or not at all."""
+    entered: list[object] = []
+
+    @contextmanager
+    def device_of(tensor: torch.Tensor) -> Iterator[None]:
+        entered.append(tensor)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    call = library._imported_when_called("tests.kernels.test_launch", "_what_is_entered")
+    tensor = torch.zeros(1)
+    assert call(tensor, entered) == [tensor]
+    assert entered == [tensor, "left"]
+
+
+def _what_is_entered(tensor: torch.Tensor, entered: list[object]) -> list[object]:
+    return list(entered)

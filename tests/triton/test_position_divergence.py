@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from deepalign import CompletionLossConfig, contrastive_sample, fused_completion_loss
 from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.position_divergence import base_favored_tokens, position_divergence
 from tests.kernels import test_position_divergence as shared
@@ -68,3 +69,25 @@ def test_more_than_a_program_lists() -> None:
             strict=True,
         ):
             torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64], ids=str)
+def test_torchs_default_dtype_changes_nothing(default: torch.dtype) -> None:
+    student, aligned, base = three_models(2, 40)
+
+    def run() -> list[torch.Tensor]:
+        options = {"implementation": "interpreted"}
+        found = fused_completion_loss(student, aligned, base, config=CompletionLossConfig(top_k=3), **options)
+        favored = base_favored_tokens(aligned, base, top_k=3, **options)
+        uniforms = torch.tensor([0.2, 0.7], dtype=torch.float32)
+        drawn = contrastive_sample(aligned, base, alpha=0.5, top_p=0.9, uniforms=uniforms, **options)
+        return [*found, *favored, *position_divergence(aligned, base, top_n=3, **options), *drawn]
+
+    expected = run()
+    torch.set_default_dtype(default)
+    try:
+        found = run()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for left, right in zip(found, expected, strict=True):
+        torch.testing.assert_close(left, right, rtol=0, atol=0)

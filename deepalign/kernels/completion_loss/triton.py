@@ -8,8 +8,9 @@ chooses M exactly among the candidates and puts its share into the gradient (`tr
 
 S programs share a row and keep so little of it in flight that pass 2 reads cache: 14 bytes per bf16 element would go to
 memory otherwise, and 8 do. They exchange 14 numbers once, between the passes, through global memory: 64-bit words that
-hold value and flag together, so that no fence is needed. Programs draw their numbers in the order in which they start;
-a program that waits hence waits only for such as run already, whatever the order and however many run at a time.
+hold value and flag together, so that no fence is needed. Programs draw their numbers in the order in which they start,
+so that only the last row that has begun can lack programs: all others come to their end and make room for these. That
+needs room for the S programs of one row at a time, and S is no more than the device has multiprocessors.
 
 Nothing depends on the order of programs: no atomics on floats, sums over the programs of a row in their order.
 
@@ -34,6 +35,7 @@ from deepalign.kernels.launch import (
     Launch,
     at_most_registers,
     launch_of,
+    most_together,
     split_of_rows,
 )
 
@@ -144,10 +146,10 @@ def run_rows(
         raise RuntimeError(f"deepalign: top_k must be in [1, vocab_size], is {options.top_k}")
     selection = _selection(student, aligned, base, given, options)
     rows, device = student.shape[0], student.device
-    per_row = torch.empty((5, rows), device=device)
+    per_row = torch.empty((5, rows), dtype=torch.float32, device=device)
     count = torch.empty(rows, dtype=torch.int64, device=device)
     indices = torch.empty((rows, selection.k), dtype=torch.int64, device=device)
-    differences = torch.empty((0 if options.distill else rows, selection.k), device=device)
+    differences = torch.empty((0 if options.distill else rows, selection.k), dtype=torch.float32, device=device)
     output = (*per_row[:4].unbind(), count, indices, differences)
     if rows == 0:
         return output
@@ -202,7 +204,7 @@ def _launches(
     programs = rows * plan.split
     words = _new_words(programs, device)
     index = torch.empty((programs, plan.capacity), dtype=torch.int32, device=device)
-    value = torch.empty((programs, plan.capacity), device=device)
+    value = torch.empty((programs, plan.capacity), dtype=torch.float32, device=device)
     found, counts = (torch.empty(programs, dtype=torch.int32, device=device) for _ in range(2))
     views = [from_16_bytes(tensor, plan.lead) for tensor in tensors]
     stride_g = tensors[3].stride(0) if len(tensors) > 3 else 0
@@ -276,18 +278,19 @@ def _plan(
     rows = tensors[0].shape[0]
     align, lead = alignment(tensors, vocab)
     block = launch.block
-    split = split_of_rows(launch, rows, vocab, block)
+    most = most_together(tensors[0].device)
+    split = split_of_rows(launch, rows, vocab, block, most)
     # The second-level caches of an AMD device's dies do not see each other's plain stores within a launch.
     together = together and not options.centered_square and torch.version.hip is None
     while True:
         bound_k = -(-k // split) if together else k
         tiles = triton.next_power_of_2(-(-(vocab + 7) // (block * split)))
         lanes = min(triton.next_power_of_2(2 * bound_k), block // 2)
-        if lanes * 2 * tiles <= TILE_LIMIT or split >= 32 or is_given:
+        if lanes * 2 * tiles <= TILE_LIMIT or split >= most or is_given:
             break
         split *= 2
     lanes = min(lanes, TILE_LIMIT // (2 * tiles))
-    capacity = -(-k // split) if is_given else triton.next_power_of_2(max(k, lanes))
+    capacity = -(-k // split) if is_given else -(-max(k, lanes) // 8) * 8  # lists begin at multiples of 32 bytes
     return Plan(split, block, launch.warps, tiles, lanes, capacity, bound_k, align, lead, together)
 
 

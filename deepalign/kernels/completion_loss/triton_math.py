@@ -9,6 +9,7 @@ differences taken before they are scaled. Offsets are in bits in the first case,
 import triton
 import triton.language as tl
 
+from deepalign.kernels.launch import MOST_TOGETHER
 from deepalign.kernels.row_math import INFINITY, LN2, LOG2E, finite, whole_offset
 
 # Words that a program publishes about its share of a row, 64 bits each: an fp32 value and, above it, the tag 1. Value
@@ -30,6 +31,8 @@ CAREFUL = tl.constexpr(13)
 LEAST = tl.constexpr(14)
 WORDS = tl.constexpr(16)
 
+WARP = tl.constexpr(MOST_TOGETHER)  # lanes that branch together
+
 
 @triton.jit
 def publish(words_ptr, word: tl.constexpr, value):
@@ -40,12 +43,17 @@ def publish(words_ptr, word: tl.constexpr, value):
 
 @triton.jit
 def read_words(words_ptr, word: tl.constexpr, S: tl.constexpr):
-    """That word of all S programs, waiting until they are there."""
-    ptrs = words_ptr + tl.arange(0, S) * WORDS + word
+    """That word of all S programs, waiting until they are there.
+
+    A warp decides together whether to wait on: with one lane per program the others would read the same words, see
+    them at another moment and leave the loop alone, while the rest wait for them in the reduction.
+    """
+    lane = tl.arange(0, WARP)
+    ptrs = words_ptr + (lane % S) * WORDS + word
     words = tl.load(ptrs, volatile=True)
-    while tl.min(words >> 32) == 0:
+    while tl.min((words >> 32).to(tl.int32)) == 0:
         words = tl.load(ptrs, volatile=True)
-    return words.to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.max(tl.reshape(words.to(tl.int32), [WARP // S, S]), 0).to(tl.float32, bitcast=True)
 
 
 @triton.jit

@@ -321,7 +321,7 @@ def rows_kernel(
     programs."""
     if FIRST and SECOND:
         # Programs wait for others of their row, so their numbers must be those in which they start: a number is drawn,
-        # not the grid's. Whoever waits then waits for programs that run already.
+        # not the grid's. All rows but the last one that has begun are then complete, and end.
         ticket = tl.atomic_add(ticket_ptr, 1, sem="relaxed").to(tl.int32)
     else:
         ticket = tl.program_id(0)

@@ -176,9 +176,9 @@ def select_kernel(
     out_index_ptr += row * K
     out_difference_ptr += row * K
     is_read = (wd > 0) | (wc > 0)
-    bad = is_read
+    bad, careful, present = is_read, is_read, tl.full((), 0.0, tl.float32)
     if is_read:
-        bad, _, _ = row_facts(words_ptr, S)
+        bad, careful, present = row_facts(words_ptr, S)
     if STATISTICS:
         _write_blank(
             row, given_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, raise_ptr, out_count_ptr, out_index_ptr,
@@ -186,7 +186,6 @@ def select_kernel(
         )  # fmt: skip
         tl.debug_barrier()
     if is_read & (bad == False):  # noqa: E712
-        _, careful, present = row_facts(words_ptr, S)
         favored = tl.sum(tl.load(count_ptr + row * S + tl.arange(0, S)))
         alpha = alpha_base * (1.0 + gamma * (favored.to(tl.float32) / present))
         mean = tl.sum(read_words(words_ptr, TOTAL, S)) / present if CENTERED else 0.0

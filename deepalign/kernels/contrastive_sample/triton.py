@@ -3,8 +3,9 @@
 S programs share a row, each a contiguous part of it; few rows are split until they fill the device. A program sums its
 part's partitions and publishes them; with those of all parts it knows the threshold of the contrast, and reads its part
 again, from the nearest cache, for its largest x. What it finds it leaves in memory; the program of a row that comes
-last draws. Programs draw their numbers in the order in which they start, so that a program that waits for partitions
-waits only for such as run already; for what is left in memory nobody waits.
+last draws. Programs draw their numbers in the order in which they start, and a row has no more of them than the device
+has multiprocessors, so that those that wait for partitions never keep those they wait for from starting (as in the
+loss); for what is left in memory nobody waits.
 
 Whatever the filters leave is {x > cut} and, in the order of their index, the first of those equal to the cut; so is
 each filter's own result. A cut is found by bisection over ordered keys, among the listed entries, held in registers:
@@ -31,7 +32,15 @@ from deepalign.kernels.completion_loss.triton import MOST_SELECTED, check_per_ro
 from deepalign.kernels.completion_loss.triton_math import WORDS
 from deepalign.kernels.contrastive_sample.triton_draw import finish_row
 from deepalign.kernels.contrastive_sample.triton_parts import leave_part, publish_part, row_threshold
-from deepalign.kernels.launch import ALL_REGISTERS, Launch, at_most_registers, launch_of, split_of_rows
+from deepalign.kernels.launch import (
+    ALL_REGISTERS,
+    MOST_TOGETHER,
+    Launch,
+    at_most_registers,
+    launch_of,
+    most_together,
+    split_of_rows,
+)
 from deepalign.kernels.row_select import CONTRAST, CONTRAST_LOGPROBS
 
 MOST_PARTS = 16  # of a row: the last program reads what all have left
@@ -65,7 +74,7 @@ def contrastive_sample(
     launch = launch_of("contrastive_sample", device)
     top_k = top_k if 0 < top_k < vocab_size else 0
     few = 0 < top_k <= MOST_SELECTED
-    split, capacity, wanted = parts_of_rows(launch, rows, vocab_size, top_k if few else 0)
+    split, capacity, wanted = parts_of_rows(launch, rows, vocab_size, top_k if few else 0, most_together(device))
     lists = not greedy and (few or top_p < 1 or min_p > 0)
     weighs = not greedy and not few and (top_p < 1 or min_p == 0)
     capacity = capacity if lists else 1
@@ -73,11 +82,11 @@ def contrastive_sample(
     block = launch.block
     tiles = -(-vocab_size // (block * split))  # of a part
     tokens = torch.empty(rows, dtype=torch.int64, device=device)
-    logprobs = torch.empty(rows, device=device)
+    logprobs = torch.empty(rows, dtype=torch.float32, device=device)
     words = new_words(rows * split * WORDS.value + rows + 1, device)
     index = torch.empty((rows, split, 2 * capacity), dtype=torch.int32, device=device)
-    value = torch.empty((rows, split, capacity), device=device)
-    facts = torch.empty((2, rows, split), device=device)
+    value = torch.empty((rows, split, capacity), dtype=torch.float32, device=device)
+    facts = torch.empty((2, rows, split), dtype=torch.float32, device=device)
     counts = torch.empty((2, rows, split), dtype=torch.int32, device=device)
 
     def launch_kernel(first: bool, second: bool) -> None:
@@ -112,10 +121,10 @@ def new_words(entries: int, device: torch.device) -> Tensor:
     return torch.zeros(entries, dtype=torch.int64, device=device)
 
 
-def parts_of_rows(launch: Launch, rows: int, vocab: int, top_k: int) -> tuple[int, int, int]:
+def parts_of_rows(launch: Launch, rows: int, vocab: int, top_k: int, most: int = MOST_TOGETHER) -> tuple[int, int, int]:
     """Into how many parts a row is split, how many entries each may list, and how many it should."""
     # The second-level caches of an AMD device's dies do not see each other's plain stores within a launch.
-    split = 1 if torch.version.hip else min(split_of_rows(launch, rows, vocab, launch.block), MOST_PARTS)
+    split = 1 if torch.version.hip else split_of_rows(launch, rows, vocab, launch.block, min(most, MOST_PARTS))
     if top_k:
         capacity = triton.next_power_of_2(max(top_k, 32))
         while split * capacity > LISTED:
@@ -140,7 +149,7 @@ def sample_kernel(
     LANES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """One program per row and part. `done_ptr`: per row how many parts are done, then the next program's number."""
-    if WAITS:  # as in the loss: whoever waits, waits for programs that run already
+    if WAITS:  # as in the loss: numbers are drawn in the order in which programs start
         rows = tl.num_programs(0) // S
         ticket = tl.atomic_add(done_ptr + rows, 1, sem="relaxed").to(tl.int32)
     else:

@@ -58,7 +58,7 @@ def favored(
     aligned: Tensor, base: Tensor, top_k: int, vocab_size: int, together: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices, differences, count; `together` as of `completion_loss_`."""
-    ones = torch.ones(aligned.shape[0], device=aligned.device)
+    ones = torch.ones(aligned.shape[0], dtype=torch.float32, device=aligned.device)
     options = Options(top_k, 1.0, 1.0, 0.0, 0.0, 0.0, False, False, False, vocab_size, distill=False)
     *_, count, indices, differences = run_rows(aligned, aligned, base, ones, ones, None, options, None, together)
     return indices, differences, count
@@ -76,10 +76,10 @@ def position_divergence(aligned: Tensor, base: Tensor, top_n: int, vocab_size: i
     tiles = triton.next_power_of_2(-(-(vocab_size + 7) // block))
     lanes = min(block // 2, max(1, GATHERED // (2 * tiles)))
     capacity = triton.next_power_of_2(max(2 * min(top_n, MOST_SELECTED), lanes))
-    floats = torch.empty((4, rows), device=device)
+    floats = torch.empty((4, rows), dtype=torch.float32, device=device)
     counts = torch.empty((2, rows), dtype=torch.int64, device=device)
     index = torch.empty((rows, 2 * capacity), dtype=torch.int32, device=device)
-    value = torch.empty((rows, capacity), device=device)
+    value = torch.empty((rows, capacity), dtype=torch.float32, device=device)
     listed = top_n > MOST_SELECTED
     top = torch.stack([_largest(logits, vocab_size, top_n) for logits in (aligned, base)]) if listed else None
     if top is None:

@@ -21,7 +21,7 @@ TORCHES ?= 2.13.0 2.11.0
 
 .PHONY: help install demo tables test test-training test-rest test-isas test-utility check bench bench-full docs notebook sanitize package matrix clean
 .PHONY: triton interpret-loss interpret-rest codegen
-.PHONY: gpu gpu-check gpu-loss gpu-sampler gpu-linear gpu-rest gpu-train gpu-sanitize gpu-profile
+.PHONY: gpu gpu-compile gpu-check gpu-check-rest gpu-loss gpu-sampler gpu-linear gpu-rest gpu-train gpu-sanitize gpu-profile
 help:
 	@echo "make demo      build the microworld, attack it, repair it under DeepSpeed, report in runs/demo/"
 	@echo "make tables    the paper's Tables 1 to 5 and Figure 4 on the microworld, three seeds; runs/suite/"
@@ -37,8 +37,8 @@ help:
 	@echo "make test-utility  tests that need lm-eval and judgezoo, which it installs"
 	@echo "make matrix    every ZeRO stage x LoRA x family x accumulation x ranks against float64 (a quarter of an hour)"
 	@echo "make gpu-train a 1B-shaped model through run.py on a GPU: speed and memory, linear against eager loss"
-	@echo "make gpu       tests and benchmarks that need a GPU, as gpu-check, gpu-loss, gpu-sampler, gpu-linear and gpu-rest,"
-	@echo "               minutes each; results in benchmarks/results/"
+	@echo "make gpu       tests and benchmarks that need a GPU: gpu-compile, gpu-check, gpu-loss, gpu-sampler, gpu-linear,"
+	@echo "               gpu-check-rest, gpu-rest, at most GPU_SECONDS each; results in benchmarks/results/"
 	@echo "make gpu-sanitize, gpu-profile    compute-sanitizer and ncu on the kernels, where these are installed"
 
 install: $(READY) $(NATIVE)
@@ -157,50 +157,87 @@ matrix: $(READY) $(NATIVE)
 	@echo "== the training matrix; result in docs/results/training-matrix.md"
 	$(BIN)/python -m tests.train.matrix --out docs/results --work build/matrix
 
-gpu-train: $(READY)
+# The gpu targets run on GPU_PYTHON. With another than the virtual environment's nothing is set up and nothing installed:
+# make gpu GPU_PYTHON=python3, where that has torch, triton and pytest.
+GPU_PYTHON ?= $(BIN)/python
+GPU_READY = $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(READY))
+# GPU_FLAGS= also times the peers under torch.compile, some minutes more.
+GPU_FLAGS ?= --peers eager
+GPU_SECONDS ?= 180
+GPU_PARTS := gpu-compile gpu-check gpu-loss gpu-sampler gpu-linear gpu-check-rest gpu-rest
+RESULTS := benchmarks/results
+
+gpu-train: $(GPU_READY)
 	@echo "== training on a GPU through run.py"
-	$(BIN)/python -m benchmarks.gpu_train --out benchmarks/results/gpu-train.json $(GPU_TRAIN_FLAGS)
+	$(GPU_PYTHON) -m benchmarks.gpu_train --out $(RESULTS)/gpu-train.json $(GPU_TRAIN_FLAGS)
 
-gpu: gpu-check gpu-loss gpu-sampler gpu-linear gpu-rest
+# What matters first; no part takes more than GPU_SECONDS, what it has measured until then is kept, and the others follow.
+gpu: $(GPU_READY)
+	@failed=; for part in $(GPU_PARTS); do \
+		timeout --kill-after 5 $(GPU_SECONDS) $(MAKE) --no-print-directory $$part || failed="$$failed $$part"; \
+	done; test -z "$$failed" || { echo "failed, or stopped after $(GPU_SECONDS) s:$$failed"; exit 1; }
 
-gpu-check: $(READY)
-	@echo "== tests that need a GPU"
-	$(BIN)/python -m pytest tests -m gpu $(PYTEST_FLAGS)
+# Every kernel once, and what is timed later compiled side by side: one after the other this takes minutes.
+GPU_ONCE = $(GPU_PYTHON) -m benchmarks.gpu_once
+gpu-compile: $(GPU_READY)
+	@echo "== every kernel once, and the shapes that are timed"
+	@$(GPU_ONCE) --rows 5 --vocab 4099 --calls loss forward & all="$$!"; \
+	$(GPU_ONCE) --rows 5 --vocab 4099 --calls base position sample & all="$$all $$!"; \
+	for shape in "8192 128256" "4096 151936" "16384 32000"; do \
+		set -- $$shape; \
+		$(GPU_ONCE) --rows $$1 --vocab $$2 --calls "loss {}" "loss in place {}" forward >/dev/null & all="$$all $$!"; \
+	done; \
+	for rows in 1 8 64 512; do $(GPU_ONCE) --rows $$rows --vocab 128256 --calls sample >/dev/null & all="$$all $$!"; done; \
+	failed=0; for one in $$all; do wait $$one || failed=1; done; exit $$failed
 
-gpu-loss: $(READY)
+# A thread's timeout also ends a test that waits for a kernel. In many processes where pytest-xdist is installed: most of
+# the time goes with compiling.
+GPU_PYTEST = $(GPU_PYTHON) -m pytest -m gpu --timeout-method thread --continue-on-collection-errors \
+	$(shell $(GPU_PYTHON) -c "import xdist; print('-n 12')" 2>/dev/null) $(PYTEST_FLAGS)
+
+gpu-check: $(GPU_READY)
+	@echo "== tests of the kernels that need a GPU"
+	$(GPU_PYTEST) tests/kernels
+
+gpu-check-rest: $(GPU_READY)
+	@echo "== other tests that need a GPU"
+	$(GPU_PYTEST) tests --ignore tests/kernels
+
+gpu-loss: $(GPU_READY)
 	@echo "== the loss on a GPU, a process per shape"
-	$(BIN)/python -m benchmarks.gpu loss --shapes 0 --out benchmarks/results/gpu-loss-8192x128256.json
-	$(BIN)/python -m benchmarks.gpu loss --shapes 1 --out benchmarks/results/gpu-loss-4096x151936.json
-	$(BIN)/python -m benchmarks.gpu loss --shapes 2 --out benchmarks/results/gpu-loss-16384x32000.json
+	$(GPU_PYTHON) -m benchmarks.gpu loss --shapes 0 --out $(RESULTS)/gpu-loss-8192x128256.json $(GPU_FLAGS)
+	$(GPU_PYTHON) -m benchmarks.gpu loss --shapes 1 --out $(RESULTS)/gpu-loss-4096x151936.json $(GPU_FLAGS)
+	$(GPU_PYTHON) -m benchmarks.gpu loss --shapes 2 --out $(RESULTS)/gpu-loss-16384x32000.json $(GPU_FLAGS)
 
-gpu-sampler: $(READY)
+gpu-sampler: $(GPU_READY)
 	@echo "== the sampler on a GPU, in CUDA graphs"
-	$(BIN)/python -m benchmarks.gpu sampler --out benchmarks/results/gpu-sampler.json
+	$(GPU_PYTHON) -m benchmarks.gpu sampler --out $(RESULTS)/gpu-sampler.json $(GPU_FLAGS)
 
-gpu-linear: $(READY)
+gpu-linear: $(GPU_READY)
 	@echo "== the linear loss on a GPU, beside its products, TRL and Liger"
-	-$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) liger-kernel trl
-	$(BIN)/python -m benchmarks.gpu linear --out benchmarks/results/gpu-linear.json
+	$(if $(GPU_READY),-$(BIN)/pip install --quiet --disable-pip-version-check $(PIP_FLAGS) liger-kernel trl)
+	$(GPU_PYTHON) -m benchmarks.gpu linear --out $(RESULTS)/gpu-linear.json $(GPU_FLAGS)
 
 # Small shapes: a sanitized kernel takes a hundred times as long. `initcheck` would find what padding leaves unread.
-gpu-sanitize: $(READY)
+gpu-sanitize: $(GPU_READY)
 	@command -v compute-sanitizer >/dev/null || { echo "compute-sanitizer is not on PATH (it comes with the CUDA toolkit)"; exit 1; }
 	@for tool in memcheck racecheck synccheck; do \
 		echo "== compute-sanitizer, $$tool"; \
 		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(BIN)/python -m benchmarks.gpu_once --rows 5 --vocab 4099 || exit 1; \
+		$(GPU_ONCE) --rows 5 --vocab 4099 || exit 1; \
 	done
 
-gpu-profile: $(READY)
+gpu-profile: $(GPU_READY)
 	@command -v ncu >/dev/null || { echo "ncu is not on PATH (it comes with the CUDA toolkit)"; exit 1; }
 	@mkdir -p benchmarks/results
-	ncu --set full --kernel-name "regex:(rows|select|sample|divergence)_kernel" --csv --page raw --log-file benchmarks/results/gpu-profile.csv \
-		$(BIN)/python -m benchmarks.gpu_once --rows 1024 --vocab 128256
+	ncu --set full --clock-control none --kernel-name "regex:(rows|select|sample|divergence)_kernel" --csv --page raw --log-file benchmarks/results/gpu-profile.csv \
+		$(GPU_ONCE) --rows 1024 --vocab 128256
 
-gpu-rest: $(READY)
+gpu-rest: $(GPU_READY)
 	@echo "== the other benchmarks that need a GPU"
-	@mkdir -p benchmarks/results
-	$(BIN)/python -m pytest benchmarks -m gpu --benchmark-enable --benchmark-json benchmarks/results/gpu.json $(PYTEST_FLAGS)
+	@mkdir -p $(RESULTS)
+	$(GPU_PYTHON) -m pytest benchmarks -m gpu --continue-on-collection-errors --benchmark-enable \
+		--benchmark-json $(RESULTS)/gpu.json $(PYTEST_FLAGS)
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

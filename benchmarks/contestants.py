@@ -71,10 +71,13 @@ class _Produced(torch.autograd.Function):
 
 
 class LossContestants:
-    """The library's loss and its peers on one case: reduction "sum", both row weights given."""
+    """The library's loss and its peers on one case: reduction "sum", both row weights given.
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    `waits`: a call is over when it returns, on a GPU too; otherwise whoever times it looks at the stream.
+    """
+
+    def __init__(self, case: Case, *, waits: bool = True) -> None:
+        self.case, self.waits_for = case, case.device if waits else "cpu"
         self.student, self.aligned, self.base = three_models(case)
         generator = torch.Generator(case.device).manual_seed(1)
         self.weights = torch.rand(2, case.rows, generator=generator, device=case.device) + 0.5
@@ -105,13 +108,13 @@ class LossContestants:
     def _contestant(self, loss: Callable[[Tensor], Tensor], mode: str) -> Contestant:
         """On a leaf whose gradient is set to None before."""
         if mode == "forward":
-            return Contestant(finished(self.case.device, torch.no_grad()(lambda: loss(self.student))))
+            return Contestant(finished(self.waits_for, torch.no_grad()(lambda: loss(self.student))))
         leaf = self.student.detach().requires_grad_()
 
         def prepare() -> None:
             leaf.grad = None
 
-        return Contestant(finished(self.case.device, lambda: loss(leaf).backward()), prepare)
+        return Contestant(finished(self.waits_for, lambda: loss(leaf).backward()), prepare)
 
     def _inplace(self, loss: Callable[..., Tensor]) -> Contestant:
         anchor = torch.zeros((), device=self.case.device, requires_grad=True)
@@ -122,7 +125,7 @@ class LossContestants:
             buffer.copy_(self.student)
             produced[:] = [_Produced.apply(anchor, buffer)]
 
-        return Contestant(finished(self.case.device, lambda: loss(produced.pop(), inplace=True).backward()), prepare)
+        return Contestant(finished(self.waits_for, lambda: loss(produced.pop(), inplace=True).backward()), prepare)
 
 
 # ---- sampler and position statistics

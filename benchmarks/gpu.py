@@ -14,7 +14,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ LOSS_SHAPES = ((8192, 128256), (4096, 151936), (16384, 32000))
 SAMPLER_BATCHES = (1, 8, 64, 512)
 SAMPLER_OPTIONS = ({"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {}, {"top_p": 0.9})
 GRAPH_CALLS = 20
+SLEEP_CYCLES = 4_000_000  # two milliseconds
 
 
 class Clock:
@@ -46,6 +47,7 @@ class Clock:
             call()
             return (time.perf_counter() - start) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda._sleep(SLEEP_CYCLES)  # meanwhile the call is launched: it is not the host that is timed
         start.record()
         call()
         end.record()
@@ -114,14 +116,13 @@ def other_upstream(contestants: LossContestants, implementation: str) -> Contest
     return Contestant(call, forget)
 
 
-def loss_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+def loss_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One row per shape, mode and contestant."""
     implementation = "triton" if options.device == "cuda" else "reference"
     shapes = [(4, 512)] if options.tiny else [LOSS_SHAPES[n] for n in options.shapes]
     copy = copy_gb_per_s(options.device, 1 if options.tiny else 1024, 3 if options.tiny else 20)
-    rows = []
     for count, vocab in shapes:
-        made = LossContestants(Case(count, vocab, device=options.device))
+        made = LossContestants(Case(count, vocab, device=options.device), waits=False)
         for mode, tensors in (("forward_backward", 4), ("forward", 3), ("forward_backward_inplace", 4)):
             entered = {implementation: made.library(implementation, mode)}
             if mode == "forward_backward":
@@ -140,35 +141,36 @@ def loss_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "contestant": name,
                     **times,
                 }
-                rows.append(
-                    row | {"useful_gb_per_s": gb_per_s, "share_of_copy": gb_per_s / copy, "copy_gb_per_s": copy}
-                )
+                yield row | {"useful_gb_per_s": gb_per_s, "share_of_copy": gb_per_s / copy, "copy_gb_per_s": copy}
             torch._dynamo.reset()
-    return rows
 
 
 def captured(call: Callable[[], object], device: str) -> tuple[Callable[[], object], int]:
-    """The call many times in a CUDA graph, and how many; the call itself without a GPU."""
+    """The call many times in a CUDA graph, and how many; the call itself without a GPU, or if it cannot be captured."""
     if device != "cuda":
         return call, 1
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         call()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(GRAPH_CALLS):
-            call()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(GRAPH_CALLS):
+                call()
+    except RuntimeError as error:
+        print(f"not captured, timed call by call: {error}", file=sys.stderr)
+        return call, 1
     return graph.replay, GRAPH_CALLS
 
 
-def sampler_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
+def sampler_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Microseconds per call in a CUDA graph, where the call can be captured."""
     from deepalign import contrastive_sample
 
     implementation = "triton" if options.device == "cuda" else "reference"
     vocab, batches = (512, (1, 2)) if options.tiny else (128256, SAMPLER_BATCHES)
-    rows = []
     for batch in batches:
         for chosen in SAMPLER_OPTIONS:
             made = SamplerContestants(Case(batch, vocab, device=options.device), alpha=0.5, **chosen)
@@ -196,13 +198,12 @@ def sampler_rows(options: argparse.Namespace) -> list[dict[str, Any]]:
                     "options": chosen,
                     "contestant": name,
                 }
-                rows.append(row | {"us": us})
+                yield row | {"us": us, "calls_in_a_graph": graphs[name][1]}
             torch._dynamo.reset()
-    return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, print a line per row, save."""
+    """Measure; every row is printed and saved as soon as it is there."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("loss", "sampler", "linear"))
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
@@ -221,11 +222,13 @@ def main(arguments: list[str] | None = None) -> int:
         rows = loss_rows(options) if options.what == "loss" else sampler_rows(options)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"device": device, "tiny": options.tiny, "machine": machine(), "rows": rows}
-    options.out.write_text(json.dumps(result, indent=1) + "\n")
+    result: dict[str, Any] = {"device": device, "tiny": options.tiny, "machine": machine(), "rows": []}
     for row in rows:
+        result["rows"].append(row)
+        options.out.write_text(json.dumps(result, indent=1) + "\n")
         figures = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
-        print(row.get("shape", row.get("case")), row.get("mode", row.get("options")), row["contestant"], figures)
+        what = row.get("shape", row.get("case")), row.get("mode", row.get("options"))
+        print(*what, row["contestant"], figures, flush=True)
     return 0
 
 

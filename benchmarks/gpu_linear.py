@@ -7,7 +7,7 @@ all rows of logits at once would not fit.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -68,11 +68,10 @@ def relatives(made: LinearContestants) -> dict[str, Contestant]:
 
 def linear_rows(
     options: argparse.Namespace, take_turns: Callable[[dict[str, Contestant]], dict[str, dict[str, float]]]
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Time of every contestant, and peak memory beyond models and gradients, with a frozen and a trained head."""
     on_gpu = options.device == "cuda"
     size = (16, 64, 500) if options.tiny else (ROWS, HIDDEN, VOCAB)
-    rows = []
     for head in (False, True):
         made = LinearContestants(LinearCase(*size, head, options.device))
         head_bytes = 2 * size[1] * size[2]
@@ -93,8 +92,7 @@ def linear_rows(
             row["tflop_per_s"] = products / times["ms"] / 1e9
             if on_gpu:
                 row["peak_gb"] = peak_gb(entered[name])
-            rows.append(row)
-    return rows
+            yield row
 
 
 def peak_gb(contestant: Contestant) -> float:

@@ -1,6 +1,8 @@
 """Every Triton kernel once, with its main options: what compute-sanitizer and ncu look at.
 
 `python -m benchmarks.gpu_once --rows 5 --vocab 4099`; `--device cpu` runs the reference instead, a test of the script.
+`--calls` runs those only whose names begin with one of the given words; several shapes in processes side by side fill
+Triton's cache in the time of the slowest.
 """
 
 import argparse
@@ -17,7 +19,7 @@ from deepalign import (
     position_divergence,
 )
 
-SAMPLES = ({"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.0})
+SAMPLES = ({"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.0}, {"top_k": 50}, {})
 
 
 def calls(rows: int, vocab: int, device: str) -> dict[str, Callable[[], object]]:
@@ -51,16 +53,19 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=4099)
+    parser.add_argument("--calls", nargs="+", default=[""], help="beginnings of the names of those to run, for all")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: no GPU here; --device cpu tests the script", file=sys.stderr)
         return 2
     for name, call in calls(options.rows, options.vocab, options.device).items():
+        if not name.startswith(tuple(options.calls)):
+            continue
         call()
         if options.device == "cuda":
             torch.cuda.synchronize()
-        print(name)
+        print(name, flush=True)
     return 0
 
 

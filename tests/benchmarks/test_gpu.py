@@ -1,11 +1,12 @@
 """The GPU benchmark runs end to end, at tiny sizes on the CPU."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_once
+from benchmarks import gpu, gpu_once
 from benchmarks.gpu import main
 
 
@@ -47,3 +48,16 @@ def test_every_kernel_runs_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu_once.main(["--rows", "2", "--vocab", "300", "--device", "cpu"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 6 + 3 + len(gpu_once.SAMPLES)
+    assert gpu_once.main(["--rows", "2", "--vocab", "300", "--device", "cpu", "--calls", "loss {}", "forward"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["loss {}", "forward"]
+
+
+def test_what_is_measured_before_it_fails_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rows(options: object) -> Iterator[dict[str, object]]:
+        yield {"shape": [1, 2], "mode": "forward", "contestant": "reference", "ms": 1.0}
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(gpu, "loss_rows", rows)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        main(["loss", "--out", str(tmp_path / "gpu.json"), "--device", "cpu", "--tiny"])
+    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 1

@@ -53,6 +53,8 @@ def read_words(words_ptr, word: tl.constexpr, S: tl.constexpr):
     words = tl.load(ptrs, volatile=True)
     while tl.min((words >> 32).to(tl.int32)) == 0:
         words = tl.load(ptrs, volatile=True)
+    # Stores nothing. Where a caller drops the words the loop would yield none, at which a pass of Triton 3.6 fails.
+    tl.store(ptrs, words, mask=(words >> 32) == 0)
     return tl.max(tl.reshape(words.to(tl.int32), [WARP // S, S]), 0).to(tl.float32, bitcast=True)
 
 

@@ -19,7 +19,14 @@ from deepalign import (
     position_divergence,
 )
 
-SAMPLES = ({"top_k": 50, "top_p": 0.9}, {"top_p": 0.9}, {"min_p": 0.02}, {"temperature": 0.0}, {"top_k": 50}, {})
+SAMPLES: tuple[dict[str, float], ...] = (
+    {"top_k": 50, "top_p": 0.9},
+    {"top_p": 0.9},
+    {"min_p": 0.02},
+    {"temperature": 0.0},
+    {"top_k": 50},
+    {},
+)
 
 
 def calls(rows: int, vocab: int, device: str) -> dict[str, Callable[[], object]]:

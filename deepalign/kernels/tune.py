@@ -33,10 +33,11 @@ def fastest(candidates: Iterable[Launch], milliseconds: Callable[[Launch], float
         RuntimeError: none runs.
     """
     times: dict[Launch, float] = {}
+    refusals: tuple[type[Exception], ...] = (RuntimeError, ValueError, *compiler_errors())
     for candidate in candidates:
         try:
             times[candidate] = milliseconds(candidate)
-        except (RuntimeError, ValueError, *compiler_errors()) as error:  # too many registers, too little shared memory
+        except refusals as error:  # too many registers, too little shared memory
             print(f"{candidate}: {error}", file=sys.stderr)
         else:
             print(f"{times[candidate]:8.3f} ms  {candidate}", flush=True)

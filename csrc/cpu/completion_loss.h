@@ -23,13 +23,14 @@ int64_t CompletionLossRow<T>::collect(int64_t segment, Candidates& candidates) c
   const Float threshold = splat(threshold_);
   const T *const r = reference(), *const b = b_;
   Float bound = splat(candidates.bound());
-  int64_t favored = 0;
+  LaneCount favored;
+  favored.clear();
   // d is NaN where entries are absent, and no comparison holds; beyond the end it is 0.
-  const auto step = [&](int64_t i, int64_t n, MaskPair exists) __attribute__((always_inline)) {
+  const auto step = [&](int64_t i, int64_t n, auto exists) __attribute__((always_inline)) {
     prefetch_again(r + i), prefetch_again(b + i);
     const Pair xr = load_step(r + i, n), xb = load_step(b + i, n);
     const Pair d = xb - xr;
-    favored += count(both(greater(d, threshold), exists));
+    favored.add(both(greater(d, threshold), exists));
     const MaskPair chosen = both(greater_equal(d, bound), exists);
     if (any(chosen)) {
       candidates.add<T>(i, chosen, d, d, d);
@@ -38,9 +39,9 @@ int64_t CompletionLossRow<T>::collect(int64_t segment, Candidates& candidates) c
   };
   const int64_t end = cut_.end(segment);
   int64_t i = cut_.begin(segment);
-  for (; i + kStep <= end; i += kStep) step(i, kStep, {all_lanes(), all_lanes()});
+  for (; i + kStep <= end; i += kStep) step(i, kStep, EveryEntry());
   if (i < end) step(i, end - i, first_entries<T>(end - i));
-  return favored;
+  return favored.total();
 }
 
 template <class T>
@@ -62,8 +63,9 @@ int64_t CompletionLossRow<T>::emit_as(int64_t segment, Candidates& candidates) c
   const Float threshold = splat(threshold_);
   const bool from_student = !kPlain && args_.favored_from_student;
   Float bound = splat(candidates.bound());
-  int64_t favored = 0;
-  const auto step = [&](int64_t i, int64_t n, MaskPair exists) __attribute__((always_inline)) {
+  LaneCount favored;
+  favored.clear();
+  const auto step = [&](int64_t i, int64_t n, auto exists) __attribute__((always_inline)) {
     const Step x = load(i, n);
     const Pair& r = from_student ? x.s : x.a;
     const Pair d = x.b - r;
@@ -71,7 +73,7 @@ int64_t CompletionLossRow<T>::emit_as(int64_t segment, Candidates& candidates) c
     if (!kPlain && careful_) g = choose(finite(x.s, x.a, x.b), g, splat(0));
     prefetch_again(s_ + i), prefetch_again(a_ + i), prefetch_again(b_ + i), prefetch_step<true>(gradient_ + i);
     store_step(gradient_ + i, g, n);
-    favored += count(both(greater(d, threshold), exists));
+    favored.add(both(greater(d, threshold), exists));
     const MaskPair chosen = both(greater_equal(d, bound), exists);
     if (any(chosen)) {
       candidates.add<T>(i, chosen, d, x.s, g);
@@ -80,9 +82,9 @@ int64_t CompletionLossRow<T>::emit_as(int64_t segment, Candidates& candidates) c
   };
   const int64_t end = cut_.end(segment);
   int64_t i = cut_.begin(segment);
-  for (; i + kStep <= end; i += kStep) step(i, kStep, {all_lanes(), all_lanes()});
+  for (; i + kStep <= end; i += kStep) step(i, kStep, EveryEntry());
   if (i < end) step(i, end - i, first_entries<T>(end - i));
-  return favored;
+  return favored.total();
 }
 
 // ---- after the passes

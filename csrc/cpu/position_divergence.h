@@ -128,11 +128,12 @@ template <class T, int kRanks>
 typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>::collect(
     int64_t segment, std::vector<Candidates>& candidates) const {
   const DivergenceScan scan = divergence_scan();
-  const MaskPair all{all_lanes(), all_lanes()};
+  const EveryEntry all;
   Float bound_a = splat(candidates[0].bound()), bound_b = splat(candidates[1].bound());
   [[maybe_unused]] Float bound_d = splat(candidates[kRanks - 1].bound());
   DivergenceLaneSums sums;
-  int64_t favored = 0;
+  LaneCount favored;
+  favored.clear();
   for (int64_t begin = pair.cut.begin(segment); begin < pair.cut.end(segment); begin += pair.cut.block) {
     const int64_t end = std::min(begin + pair.cut.block, pair.cut.end(segment));
     DivergenceAccumulators plain, masked;
@@ -140,7 +141,7 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
     int64_t i = begin;
     for (; !pair.careful && i + kStep <= end; i += kStep) {
       const Pair xa = load_pair(pair.a + i), xb = load_pair(pair.b + i);
-      favored += count(scan.add(xa, xb, plain));
+      favored.add(scan.add(xa, xb, plain));
       gather<T>(i, xa, all, candidates[0], bound_a);
       gather<T>(i, xb, all, candidates[1], bound_b);
       if constexpr (kRanks == kByAll) gather<T>(i, xb - xa, all, candidates[2], bound_d);
@@ -150,14 +151,14 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
     for (; i < end; i += kStep) {
       const auto x = pair.load(i, end - i);
       const MaskPair mask = both(first_entries<T>(end - i), pair.present(x));
-      favored += count(scan.add(x.a, x.b, mask, masked));
+      favored.add(scan.add(x.a, x.b, mask, masked));
       gather<T>(i, x.a, mask, candidates[0], bound_a);
       gather<T>(i, x.b, mask, candidates[1], bound_b);
       if constexpr (kRanks == kByAll) gather<T>(i, x.b - x.a, mask, candidates[2], bound_d);
     }
     sums.add(masked);
   }
-  return {sums.a.total(), sums.b.total(), sums.shares.total(), favored};
+  return {sums.a.total(), sums.b.total(), sums.shares.total(), favored.total()};
 }
 
 template <class T, int kRanks>

@@ -49,6 +49,22 @@ DEEPALIGN_INLINE bool any(MaskPair mask) { return lane_bits(_mm256_or_ps(mask.fi
 DEEPALIGN_INLINE bool all(MaskPair mask) { return _mm256_movemask_ps(_mm256_and_ps(mask.first, mask.second)) == 0xff; }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(lane_bits(mask)); }
 DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(lane_bits(mask.second) << kLanes | lane_bits(mask.first)); }
+// How many lanes many steps choose.
+struct LaneCount {
+  __m256i lanes;
+  void clear() { lanes = _mm256_setzero_si256(); }
+  DEEPALIGN_INLINE void add(MaskPair mask) {
+    lanes = _mm256_sub_epi32(lanes, _mm256_castps_si256(mask.first));
+    lanes = _mm256_sub_epi32(lanes, _mm256_castps_si256(mask.second));
+  }
+  int64_t total() const {
+    int32_t counts[kLanes];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(counts), lanes);
+    int64_t sum = 0;
+    for (const int32_t lane : counts) sum += lane;
+    return sum;
+  }
+};
 DEEPALIGN_INLINE float largest_lane(Float x) {
   __m128 half = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
   half = _mm_max_ps(half, _mm_movehl_ps(half, half));

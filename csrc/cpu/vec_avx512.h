@@ -43,8 +43,23 @@ DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(mask); }
 DEEPALIGN_INLINE float largest_lane(Float x) { return _mm512_reduce_max_ps(x); }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm512_mask_mov_ps(b, mask, a); }
 DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return _mm512_mask_add_ps(sum, mask, sum, x); }
-DEEPALIGN_INLINE bool any(MaskPair mask) { return (mask.first | mask.second) != 0; }
-DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(uint32_t(mask.second) << 16 | mask.first); }
+// In mask registers: each way out of them takes a turn of its own.
+DEEPALIGN_INLINE bool any(MaskPair mask) { return _mm512_kortestz(mask.first, mask.second) == 0; }
+DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(_mm512_kunpackw(mask.second, mask.first)); }
+// How many lanes many steps choose.
+struct LaneCount {
+  int64_t sum;
+  void clear() { sum = 0; }
+  DEEPALIGN_INLINE void add(MaskPair mask) { sum += count(mask); }
+  int64_t total() const { return sum; }
+};
+
+// A constant of a loop. Where the loop calls something, compilers make constants anew in every turn, two instructions each.
+DEEPALIGN_INLINE __m512i kept(int bits) {
+  __m512i x = _mm512_set1_epi32(bits);
+  asm("" : "+v"(x));
+  return x;
+}
 
 // Entries of two steps' worth of one model, and back.
 DEEPALIGN_INLINE Pair load_pair(const float* from) { return {_mm512_loadu_ps(from), _mm512_loadu_ps(from + kLanes)}; }
@@ -57,7 +72,7 @@ DEEPALIGN_INLINE Pair load_pair(const BFloat16* from) {
   const __m512i both = _mm512_loadu_si512(from);
   return {
       _mm512_castsi512_ps(_mm512_slli_epi32(both, 16)),
-      _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))))};
+      _mm512_castsi512_ps(_mm512_and_si512(both, kept(int(0xffff0000u))))};
 }
 DEEPALIGN_INLINE void store_pair(float* to, Pair x) {
   _mm512_storeu_ps(to, x.first);

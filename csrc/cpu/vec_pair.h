@@ -50,6 +50,9 @@ DEEPALIGN_INLINE MaskPair greater_equal(Pair a, B b) {
 }
 DEEPALIGN_INLINE MaskPair equal(Pair a, Float b) { return {equal(a.first, b), equal(a.second, b)}; }
 DEEPALIGN_INLINE MaskPair both(MaskPair a, MaskPair b) { return {both(a.first, b.first), both(a.second, b.second)}; }
+// The mask of a whole step: compilers do not see that a vector of ones changes nothing.
+struct EveryEntry {};
+DEEPALIGN_INLINE MaskPair both(MaskPair a, EveryEntry) { return a; }
 DEEPALIGN_INLINE MaskPair opposite(MaskPair a) { return {opposite(a.first), opposite(a.second)}; }
 template <class A, class B>
 DEEPALIGN_INLINE Pair choose(MaskPair mask, A a, B b) {

@@ -75,6 +75,13 @@ DEEPALIGN_INLINE int64_t sum_of_lanes(Mask x) {  // none of them negative
 }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return sum_of_lanes(-mask); }
 DEEPALIGN_INLINE int64_t count(MaskPair mask) { return sum_of_lanes(-(mask.first + mask.second)); }
+// How many lanes many steps choose.
+struct LaneCount {
+  Mask lanes;
+  void clear() { lanes = Mask{0, 0, 0, 0}; }
+  DEEPALIGN_INLINE void add(MaskPair mask) { lanes -= mask.first, lanes -= mask.second; }
+  int64_t total() const { return sum_of_lanes(lanes); }
+};
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return mask ? a : b; }
 DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return sum + Float(mask & Mask(x)); }
 DEEPALIGN_INLINE float largest_lane(Float x) {

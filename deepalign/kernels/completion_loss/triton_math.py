@@ -13,22 +13,25 @@ from deepalign.kernels.launch import MOST_TOGETHER
 from deepalign.kernels.row_math import INFINITY, LN2, LOG2E, finite, whole_offset
 
 # Words that a program publishes about its share of a row, 64 bits each: an fp32 value and, above it, the tag 1. Value
-# and flag in one word need no fence.
-OFFSET_S = tl.constexpr(0)
-SUM_S = tl.constexpr(1)
-OFFSET_T = tl.constexpr(2)
-SUM_T = tl.constexpr(3)
-OFFSET_R = tl.constexpr(4)
-SUM_R = tl.constexpr(5)
-OFFSET_B = tl.constexpr(6)
-SUM_B = tl.constexpr(7)
-DIVERGENCE = tl.constexpr(8)
-TOTAL = tl.constexpr(9)
-BOUND = tl.constexpr(10)
-PRESENT = tl.constexpr(11)
-BAD = tl.constexpr(12)
-CAREFUL = tl.constexpr(13)
-LEAST = tl.constexpr(14)
+# and flag in one word need no fence. Who reads any reads all up to the last that it needs, so their order is by reader.
+OFFSET_R = tl.constexpr(0)
+SUM_R = tl.constexpr(1)
+OFFSET_B = tl.constexpr(2)
+SUM_B = tl.constexpr(3)
+LEAST = tl.constexpr(4)
+PRESENT = tl.constexpr(5)
+BAD = tl.constexpr(6)
+CAREFUL = tl.constexpr(7)
+FOR_COUNT = tl.constexpr(8)  # how many words the count needs, and how many entries are present
+OFFSET_S = tl.constexpr(8)
+SUM_S = tl.constexpr(9)
+OFFSET_T = tl.constexpr(10)
+SUM_T = tl.constexpr(11)
+DIVERGENCE = tl.constexpr(12)
+FOR_GRADIENT = tl.constexpr(13)  # how many the distillation and its gradient need
+TOTAL = tl.constexpr(13)
+FOR_CENTERED = tl.constexpr(14)  # how many the mean of s needs
+BOUND = tl.constexpr(14)
 WORDS = tl.constexpr(16)
 
 WARP = tl.constexpr(MOST_TOGETHER)  # lanes that branch together
@@ -42,20 +45,40 @@ def publish(words_ptr, word: tl.constexpr, value):
 
 
 @triton.jit
-def read_words(words_ptr, word: tl.constexpr, S: tl.constexpr):
-    """That word of all S programs, waiting until they are there.
+def _look(ptrs, COUNT: tl.constexpr, WAIT: tl.constexpr):
+    """COUNT words from each pointer on as they are now, and the tag that all have in common: loads of which none waits
+    for another."""
+    words = (tl.load(ptrs, volatile=WAIT),)
+    for word in tl.static_range(1, COUNT):
+        words += (tl.load(ptrs + word, volatile=WAIT),)  # type: ignore[assignment]  # unrolled
+    together = words[0]
+    for word in tl.static_range(1, COUNT):
+        together = together & words[word]
+    return words, (together >> 32).to(tl.int32)
 
-    A warp decides together whether to wait on: with one lane per program the others would read the same words, see
-    them at another moment and leave the loop alone, while the rest wait for them in the reduction.
-    """
-    lane = tl.arange(0, WARP)
-    ptrs = words_ptr + (lane % S) * WORDS + word
-    words = tl.load(ptrs, volatile=True)
-    while tl.min((words >> 32).to(tl.int32)) == 0:
-        words = tl.load(ptrs, volatile=True)
-    # Stores nothing. Where a caller drops the words the loop would yield none, at which a pass of Triton 3.6 fails.
-    tl.store(ptrs, words, mask=(words >> 32) == 0)
+
+@triton.jit
+def _value(words, S: tl.constexpr):
+    """What a word says, (S,) fp32."""
     return tl.max(tl.reshape(words.to(tl.int32), [WARP // S, S]), 0).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def read_words(words_ptr, COUNT: tl.constexpr, S: tl.constexpr, WAIT: tl.constexpr):
+    """The first COUNT words of all S programs, a tuple of (S,) fp32 values; with WAIT only when all are there.
+
+    One wait for all: waits one after the other are as many round trips to the second-level cache, though nothing is
+    left to wait for. A warp decides together whether to wait on: with one lane per program the others would read the
+    same words, see them at another moment and leave the loop alone, while the rest wait for them in the reduction.
+
+    The values must not all be dropped: a pass of Triton 3.6 fails on a loop that then yields nothing.
+    """
+    ptrs = words_ptr + (tl.arange(0, WARP) % S) * WORDS
+    words, tags = _look(ptrs, COUNT, WAIT)
+    if WAIT:
+        while tl.min(tags) == 0:
+            words, tags = _look(ptrs, COUNT, WAIT)
+    return [_value(word, S) for word in words]
 
 
 @triton.jit
@@ -128,11 +151,15 @@ def optimistic_offsets(s, a, b, mix, scale, FROM_STUDENT: tl.constexpr):
 
 
 @triton.jit
-def partition(words_ptr, offset_word: tl.constexpr, sum_word: tl.constexpr, careful, scale, S: tl.constexpr):
+def _offset(offset, from_logits, careful, scale):
+    """The programs' offsets in one unit: bits, or logits if the row is careful."""
+    return tl.where(careful, tl.where(from_logits > 0, offset, offset / scale), offset)
+
+
+@triton.jit
+def partition(offset, total, from_logits, careful, scale):
     """Offset and log2 of the sum from it, over all programs; offset in bits, or in logits if the row is careful."""
-    offset, total = read_words(words_ptr, offset_word, S), read_words(words_ptr, sum_word, S)
-    from_logits = read_words(words_ptr, CAREFUL, S) > 0
-    offset = tl.where(careful, tl.where(from_logits, offset, offset / scale), offset)
+    offset = _offset(offset, from_logits, careful, scale)
     most = tl.max(tl.where(total > 0, offset, -INFINITY))
     bits = (offset - most) * tl.where(careful, scale, 1.0)
     return most, tl.log2(tl.sum(tl.where(total > 0, total * tl.exp2(bits), 0.0)))
@@ -146,39 +173,36 @@ def partition_difference(left, right, careful, scale):
 
 
 @triton.jit
-def row_facts(words_ptr, S: tl.constexpr):
+def row_facts(words):
     """Whether the row is bad, and careful; how many entries are present."""
-    present = tl.sum(read_words(words_ptr, PRESENT, S))
-    bad = (tl.sum(read_words(words_ptr, BAD, S)) > 0) | (present == 0)
-    return bad, tl.sum(read_words(words_ptr, CAREFUL, S)) > 0, present
+    present = tl.sum(words[PRESENT])
+    bad = (tl.sum(words[BAD]) > 0) | (present == 0)
+    return bad, tl.sum(words[CAREFUL]) > 0, present
 
 
 @triton.jit
-def favored_threshold(words_ptr, careful, S: tl.constexpr):
+def favored_threshold(words, careful):
     """lse(b) - lse(r): what d must exceed to count as base-favored.
 
     It is a mean of d, so at least the least d; rounding may say otherwise where the models are equal but for a shift,
     and all entries would count.
     """
-    b = partition(words_ptr, OFFSET_B, SUM_B, careful, LOG2E, S)
-    r = partition(words_ptr, OFFSET_R, SUM_R, careful, LOG2E, S)
-    least = tl.min(read_words(words_ptr, LEAST, S))
-    return tl.maximum(partition_difference(b, r, careful, LOG2E), least)
+    b = partition(words[OFFSET_B], words[SUM_B], words[CAREFUL], careful, LOG2E)
+    r = partition(words[OFFSET_R], words[SUM_R], words[CAREFUL], careful, LOG2E)
+    return tl.maximum(partition_difference(b, r, careful, LOG2E), tl.min(words[LEAST]))
 
 
 @triton.jit
-def divergence_facts(words_ptr, careful, scale, tau, TEACHER_STUDENT: tl.constexpr, S: tl.constexpr):
+def divergence_facts(words, careful, scale, tau, TEACHER_STUDENT: tl.constexpr):
     """lse(s/tau), lse(t/tau) as (offset, log2 of the sum), their difference in nats, and KL at temperature tau."""
-    part_s = partition(words_ptr, OFFSET_S, SUM_S, careful, scale, S)
-    part_t = partition(words_ptr, OFFSET_T, SUM_T, careful, scale, S)
+    part_s = partition(words[OFFSET_S], words[SUM_S], words[CAREFUL], careful, scale)
+    part_t = partition(words[OFFSET_T], words[SUM_T], words[CAREFUL], careful, scale)
     gap = partition_difference(part_s, part_t, careful, scale)
     part = part_t if TEACHER_STUDENT else part_s
-    offset = read_words(words_ptr, OFFSET_T if TEACHER_STUDENT else OFFSET_S, S)
-    from_logits = read_words(words_ptr, CAREFUL, S) > 0
-    offset = tl.where(careful, tl.where(from_logits, offset, offset / scale), offset)
+    offset = _offset(words[OFFSET_T if TEACHER_STUDENT else OFFSET_S], words[CAREFUL], careful, scale)
     share = tl.exp2((offset - part[0]) * tl.where(careful, scale, 1.0) - part[1])
-    terms = read_words(words_ptr, DIVERGENCE, S)
-    mean = tl.sum(tl.where(share > 0, terms * share, 0.0)) / tau  # E[s - t] / tau under p, or E[t - s] / tau under q
+    terms = tl.where(share > 0, words[DIVERGENCE] * share, 0.0)
+    mean = tl.sum(terms) / tau  # E[s - t] / tau under p, or E[t - s] / tau under q
     kl = mean + gap if TEACHER_STUDENT else mean - gap
     return part_s, part_t, gap, kl
 

@@ -8,6 +8,8 @@ from deepalign.kernels.completion_loss.triton_math import (
     BOUND,
     CAREFUL,
     DIVERGENCE,
+    FOR_COUNT,
+    FOR_GRADIENT,
     LEAST,
     OFFSET_B,
     OFFSET_R,
@@ -255,10 +257,11 @@ def _emit_share(
     FROM_STUDENT: tl.constexpr, CENTERED: tl.constexpr,
 ):  # fmt: skip
     """Pass 2: write the share's gradient without the penalty's part at M; return its count."""
-    bad, careful, _ = row_facts(words_ptr, S)
-    threshold = favored_threshold(words_ptr, careful, S)
+    words = read_words(words_ptr, FOR_GRADIENT if GRADIENT else FOR_COUNT, S, True)
+    bad, careful, _ = row_facts(words)
+    threshold = favored_threshold(words, careful)
     if GRADIENT:
-        facts = divergence_facts(words_ptr, careful, scale, tau, TEACHER_STUDENT, S)
+        facts = divergence_facts(words, careful, scale, tau, TEACHER_STUDENT)
         part_s, part_t, gap, kl = facts
         weights = fast_weights(part_s, part_t, gap, kl, wd, tau, TEACHER_STUDENT)
     else:
@@ -349,7 +352,7 @@ def rows_kernel(
             )  # fmt: skip
             if not GIVEN:
                 if SECOND:
-                    bound = tl.min(read_words(words_ptr, BOUND, S))
+                    bound = tl.min(read_words(words_ptr + BOUND, 1, S, True)[0])
                 found = collect(
                     r_row, b_row, s_row, index_ptr, index_ptr, value_ptr, largest, bound, K, part, tiles, vocab, shift,
                     0.0, 0.0, DIFFERENCE, S, BLOCK, TILES, LANES, CAPACITY, LANES,

@@ -4,6 +4,9 @@ import triton
 import triton.language as tl
 
 from deepalign.kernels.completion_loss.triton_math import (
+    FOR_CENTERED,
+    FOR_COUNT,
+    FOR_GRADIENT,
     TOTAL,
     WORDS,
     careful_gradient,
@@ -176,9 +179,10 @@ def select_kernel(
     out_index_ptr += row * K
     out_difference_ptr += row * K
     is_read = (wd > 0) | (wc > 0)
-    bad, careful, present = is_read, is_read, tl.full((), 0.0, tl.float32)
-    if is_read:
-        bad, careful, present = row_facts(words_ptr, S)
+    COUNT: tl.constexpr = FOR_CENTERED if CENTERED else FOR_GRADIENT if DISTILL else FOR_COUNT
+    words = read_words(words_ptr, COUNT, S, False)  # 0 where the row was not read
+    bad, careful, present = row_facts(words)
+    bad = bad & is_read
     if STATISTICS:
         _write_blank(
             row, given_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, raise_ptr, out_count_ptr, out_index_ptr,
@@ -188,9 +192,9 @@ def select_kernel(
     if is_read & (bad == False):  # noqa: E712
         favored = tl.sum(tl.load(count_ptr + row * S + tl.arange(0, S)))
         alpha = alpha_base * (1.0 + gamma * (favored.to(tl.float32) / present))
-        mean = tl.sum(read_words(words_ptr, TOTAL, S)) / present if CENTERED else 0.0
+        mean = tl.sum(words[TOTAL]) / present if CENTERED else 0.0
         if DISTILL:
-            facts = divergence_facts(words_ptr, careful, scale, tau, TEACHER_STUDENT, S)
+            facts = divergence_facts(words, careful, scale, tau, TEACHER_STUDENT)
         else:
             facts = ((alpha, alpha), (alpha, alpha), alpha, alpha)
         raise_by = tl.load(raise_ptr + row) if CENTERED and FIX else 0.0

@@ -20,6 +20,7 @@ OFFSET_B = tl.constexpr(2)
 SUM_B = tl.constexpr(3)
 PRESENT = tl.constexpr(4)
 WRONG = tl.constexpr(5)
+PUBLISHED = tl.constexpr(6)
 
 
 @triton.jit
@@ -60,9 +61,8 @@ def publish_part(a_ptr, b_ptr, words_ptr, start, tiles, own, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _partition_of_row(words_ptr, offset_word: tl.constexpr, sum_word: tl.constexpr, S: tl.constexpr):
+def _partition_of_row(offset, total):
     """The offset and the log of the sum from it, over all parts."""
-    offset, total = read_words(words_ptr, offset_word, S), read_words(words_ptr, sum_word, S)
     most = tl.max(tl.where(total > 0, offset, -INFINITY))
     return most, tl.log(tl.sum(tl.where(total > 0, total * tl.exp2((offset - most) * LOG2E), 0.0)))
 
@@ -70,9 +70,10 @@ def _partition_of_row(words_ptr, offset_word: tl.constexpr, sum_word: tl.constex
 @triton.jit
 def row_threshold(words_ptr, S: tl.constexpr):
     """Whether the row is bad, and lse(b) - lse(a)."""
-    offset_a, log_a = _partition_of_row(words_ptr, OFFSET_A, SUM_A, S)
-    offset_b, log_b = _partition_of_row(words_ptr, OFFSET_B, SUM_B, S)
-    present, wrong = tl.sum(read_words(words_ptr, PRESENT, S)), tl.sum(read_words(words_ptr, WRONG, S))
+    words = read_words(words_ptr, PUBLISHED, S, True)
+    offset_a, log_a = _partition_of_row(words[OFFSET_A], words[SUM_A])
+    offset_b, log_b = _partition_of_row(words[OFFSET_B], words[SUM_B])
+    present, wrong = tl.sum(words[PRESENT]), tl.sum(words[WRONG])
     return (present == 0) | (wrong > 0), (offset_b - offset_a) + (log_b - log_a)
 
 

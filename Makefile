@@ -12,6 +12,7 @@ READY := $(VENV)/.ready
 unexport PYTHONDONTWRITEBYTECODE
 INSTALL = $(BIN)/pip install --quiet --disable-pip-version-check --no-compile $(PIP_FLAGS) -c constraints.txt
 NATIVE := deepalign/_native.abi3.so
+COMM := $(VENV)/.comm
 BENCH_FLAGS ?=
 # Instruction sets under which the native kernels are tested, where the processor has them.
 ISAS ?= avx512 avx2 portable
@@ -41,7 +42,7 @@ help:
 	@echo "               gpu-check-rest, gpu-rest, at most GPU_SECONDS each; results in benchmarks/results/"
 	@echo "make gpu-sanitize, gpu-profile    compute-sanitizer and ncu on the kernels, where these are installed"
 
-install: $(READY) $(NATIVE)
+install: $(READY) $(NATIVE) $(COMM)
 
 $(READY): pyproject.toml setup.py constraints.txt
 	@echo "== setting up $(VENV): the package with its dev and train extras, versions from constraints.txt"
@@ -50,16 +51,19 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@echo "== compiling the native CPU kernels while the rest is installed"
 	@$(BIN)/python setup.py -q build_ext --inplace & compiling=$$!; \
 		DEEPALIGN_NO_NATIVE=1 $(INSTALL) -e ".[dev,train]" && wait $$compiling
-	@echo "== compiling DeepSpeed's communication ops for the CPU (a minute; otherwise its first start does it)"
-	@DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m deepalign.train.launch
 	@touch $(READY)
 	@touch -c $(NATIVE)
 
-demo: $(READY)
+$(COMM): $(READY)
+	@echo "== compiling DeepSpeed's communication ops for the CPU (a minute; otherwise its first start does it)"
+	@DS_ACCELERATOR=cpu PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m deepalign.train.launch
+	@touch $(COMM)
+
+demo: $(READY) $(COMM)
 	@echo "== demo: base -> aligned -> completed, attacked at every stage; results in runs/demo/"
 	$(BIN)/deepalign demo $(DEMO_FLAGS)
 
-tables: $(READY) $(NATIVE)
+tables: $(READY) $(NATIVE) $(COMM)
 	@echo "== tables: attacks, defences and recovery on the microworld; results in runs/suite/"
 	$(BIN)/deepalign evaluate suite --config microworld $(TABLES_FLAGS)
 
@@ -69,7 +73,7 @@ $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch -c $(NATIVE)
 
-# The longest first: two of them run at a time.
+# The longest first, as soon as what they need is compiled: two of them run at a time.
 test: $(READY) $(NATIVE)
 	@echo "== tests, two processes at a time: what trains, the rest, the GPU kernels interpreted and compiled, other instruction sets"
 	@$(MAKE) --no-print-directory -j2 test-training test-rest interpret-loss test-isas interpret-rest codegen
@@ -81,10 +85,10 @@ test-utility: $(READY)
 
 # Two processes side by side on two cores; most tests are small and gain nothing from a second thread.
 TRAINING_TESTS := tests/train tests/microworld tests/evaluate tests/defenses
-test-training: $(READY) $(NATIVE)
+test-training: $(READY) $(NATIVE) $(COMM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TRAINING_TESTS) $(PYTEST_FLAGS)
 
-test-rest: $(READY) $(NATIVE)
+test-rest: $(READY) $(NATIVE) $(COMM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests $(addprefix --ignore ,$(TRAINING_TESTS)) $(PYTEST_FLAGS)
 
 # What runs the native kernels, under the instruction sets that the run above did not take.
@@ -153,7 +157,7 @@ bench-full: $(READY) $(NATIVE)
 	$(BIN)/python -m benchmarks.run --full $(BENCH_FLAGS)
 	$(BIN)/python -m benchmarks.report benchmarks/results/cpu.json --readme README.md
 
-matrix: $(READY) $(NATIVE)
+matrix: $(READY) $(NATIVE) $(COMM)
 	@echo "== the training matrix; result in docs/results/training-matrix.md"
 	$(BIN)/python -m tests.train.matrix --out docs/results --work build/matrix
 

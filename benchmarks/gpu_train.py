@@ -5,8 +5,8 @@
 Models (V = 128256, the shape of Llama 3.2 1B), tokenizer and data are made up in a temporary folder. Each run is
 `deepspeed deepalign/train/run.py` with ZeRO-3 and bf16 as a user starts it; figures are of its run.json. "eager" is
 loss_form logits with the reference implementation: the loss as PyTorch computes it without this library. A run that
-does not fit is a row that says so. `--device cpu --tiny` runs everything end to end without a GPU: a test of the
-script, not a measurement.
+does not fit is a row that says so. `--device cpu --tiny` runs everything end to end without a GPU, one rank without
+the launcher: a test of the script, not a measurement.
 """
 
 import argparse
@@ -100,10 +100,12 @@ def train(folder: Path, run: dict[str, Any], ranks: int, steps: int, on_cpu: boo
     config.write_text(yaml.safe_dump(values), encoding="utf-8")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     environment = os.environ | {"PATH": path} | ({"DS_ACCELERATOR": "cpu"} if on_cpu else {})
-    launcher = shutil.which("deepspeed", path=path)
-    assert launcher is not None, "the deepspeed launcher is missing: install the package with its train extra"
-    count = "--num_accelerators" if on_cpu else "--num_gpus"
-    command = [launcher, count, str(ranks), "--master_port", str(free_port()), str(RUN), "--config", str(config)]
+    command = [sys.executable, str(RUN), "--config", str(config)]
+    if not on_cpu or ranks > 1:
+        launcher = shutil.which("deepspeed", path=path)
+        assert launcher is not None, "the deepspeed launcher is missing: install the package with its train extra"
+        count = "--num_accelerators" if on_cpu else "--num_gpus"
+        command[:1] = [launcher, count, str(ranks), "--master_port", str(free_port())]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     row = {"run": run["name"], "ranks": ranks, "steps": steps}
     if done.returncode != 0:

@@ -27,6 +27,7 @@ from benchmarks.environment import machine
 from benchmarks.gpu_linear import linear_rows
 from benchmarks.interleaved import Contestant
 from benchmarks.peers import compiled_statically, loss_peers, sample_eager
+from deepalign.data.files import write_text_atomic
 
 LOSS_SHAPES = ((8192, 128256), (4096, 151936), (16384, 32000))
 SAMPLER_BATCHES = (1, 8, 64, 512)
@@ -225,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     result: dict[str, Any] = {"device": device, "tiny": options.tiny, "machine": machine(), "rows": []}
     for row in rows:
         result["rows"].append(row)
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
+        write_text_atomic(options.out, json.dumps(result, indent=1) + "\n")  # a part that is stopped keeps it
         figures = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
         what = row.get("shape", row.get("case")), row.get("mode", row.get("options"))
         print(*what, row["contestant"], figures, flush=True)

@@ -131,10 +131,13 @@ def _product_rounded(left: Tensor, right: Tensor, out: Tensor) -> None:
 
 
 def product_routes() -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
-    """By name; "native_bf16" only where it can run."""
+    """By name; those in bfloat16 only where processors multiply it.
+
+    Elsewhere torch's takes 2.5 times as long as in float32 (Zen 3: 9.5 and 24 GFLOP/s), 28 s a call of the frozen case.
+    """
     native = product_route(torch.device("cpu"), torch.bfloat16) == "native_bf16"
-    routes = {"native_bf16": _product_native} if native else {}
-    return routes | {"blocks": _product_blocks, "rounded_bf16": _product_rounded}
+    in_bfloat16 = {"native_bf16": _product_native, "rounded_bf16": _product_rounded}
+    return {"blocks": _product_blocks} | (in_bfloat16 if native else {})
 
 
 class BareProducts:

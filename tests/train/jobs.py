@@ -34,6 +34,10 @@ RESUMED_CELLS: dict[str, dict[str, Any]] = {
     "ddp-lora": {"deepspeed": None, "lora": LORA, "logging_steps": 5},  # one line, over the interruption
     "zero3-full": {"deepspeed": "zero3"},
 }
+# What a DeepSpeed file of one's own may leave to the configuration.
+LEFT_OUT = (
+    "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "gradient_clipping", "bf16",
+)  # fmt: skip
 # One row of the data makes the base model's hidden states NaN; it comes in steps 1 and 5.
 NAN = {"max_steps": 5, "save_steps": 1, "save_total_limit": 0, "gradient_accumulation_steps": 2, "on_nan": "skip"}
 NAN_GRADIENT_STEP = 3
@@ -103,7 +107,7 @@ def _two_ranks(tiny: TinyRun, poisoned: TinyRun, folder: Path) -> list[dict[str,
 
 
 def _one_rank(tiny: TinyRun, folder: Path) -> list[dict[str, Any]]:
-    from deepalign.train.config import FILLED_IN, deepspeed_config_path
+    from deepalign.train.config import deepspeed_config_path
 
     contradicting = folder / "contradicting.json"
     contradicting.write_text('{"zero_optimization": {"stage": 2}, "gradient_clipping": 1.0}')
@@ -111,7 +115,7 @@ def _one_rank(tiny: TinyRun, folder: Path) -> list[dict[str, Any]]:
     for name in ("zero2_offload", "zero3_offload"):
         preset = json.loads(deepspeed_config_path(name).read_text())
         preset["zero_force_ds_cpu_optimizer"] = False  # DeepSpeed's own CPU optimizer would be compiled, for a minute
-        for key in (*FILLED_IN, "bf16"):  # as in a file of one's own that leaves them out
+        for key in LEFT_OUT:
             del preset[key]
         path = folder / f"{name}.json"
         path.write_text(json.dumps(preset))

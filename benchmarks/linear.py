@@ -130,14 +130,18 @@ def _product_rounded(left: Tensor, right: Tensor, out: Tensor) -> None:
     torch.mm(left.to(right.dtype), right)
 
 
-def product_routes() -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
-    """By name; those in bfloat16 only where processors multiply it.
+def multiplies_bfloat16() -> bool:
+    """Whether this processor does. Peers that multiply it are called only then.
 
-    Elsewhere torch's takes 2.5 times as long as in float32 (Zen 3: 9.5 and 24 GFLOP/s), 28 s a call of the frozen case.
+    Elsewhere torch takes 2.5 times as long as in float32 (Zen 3: 9.5 and 24 GFLOP/s), 28 s a call of the frozen case.
     """
-    native = product_route(torch.device("cpu"), torch.bfloat16) == "native_bf16"
+    return product_route(torch.device("cpu"), torch.bfloat16) == "native_bf16"
+
+
+def product_routes() -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
+    """By name; those in bfloat16 only where processors multiply it."""
     in_bfloat16 = {"native_bf16": _product_native, "rounded_bf16": _product_rounded}
-    return {"blocks": _product_blocks} | (in_bfloat16 if native else {})
+    return {"blocks": _product_blocks} | (in_bfloat16 if multiplies_bfloat16() else {})
 
 
 class BareProducts:

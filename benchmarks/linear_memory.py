@@ -10,6 +10,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +74,7 @@ def measured_rows(hidden: int, vocab: int, most_tokens: int) -> list[dict[str, o
     for tokens in (tokens for tokens in TOKENS if tokens <= most_tokens):
         row: dict[str, object] = {"tokens": tokens, "hidden": hidden, "vocab": vocab, "how": "measured"}
         for name in TABLE:
-            row[f"{name}_mib"] = round(float(str(in_a_process(name, tokens, hidden, vocab)["peak_extra_mib"])), 1)
+            row[f"{name}_mib"] = round(in_a_process(name, tokens, hidden, vocab)["peak_extra_mib"], 1)
         rows.append(row)
         print(row, file=sys.stderr, flush=True)
     return rows
@@ -94,7 +95,7 @@ def save_table(path: Path, hidden: int, vocab: int, most_tokens: int) -> None:
     write_text_atomic(path, json.dumps(tables, indent=1) + "\n")
 
 
-def in_a_process(name: str, rows: int, hidden: int, vocab: int) -> dict[str, object]:
+def in_a_process(name: str, rows: int, hidden: int, vocab: int) -> dict[str, Any]:
     """`measure` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.linear_memory", f"--contestant={name}"]
     command += [f"--rows={rows}", f"--hidden={hidden}", f"--vocab={vocab}"]

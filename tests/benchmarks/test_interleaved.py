@@ -67,6 +67,13 @@ def test_rounds_fill_the_budget_between_bounds() -> None:
     assert rounds_within(1e9, lambda: slow_first.call(), clock) == 1000
 
 
+def test_rounds_beyond_the_budget_are_not_warmed_up_thrice() -> None:
+    clock = Clock()
+    slow = clock.worker("w", 50.0, 12.0, 12.0)
+    assert rounds_within(10.0, lambda: slow.call(), clock, minimum=3) == 3
+    assert clock.log == ["w"] * 2
+
+
 def test_everybody_is_called_once_per_round_in_one_order() -> None:
     clock = Clock()
     recorder = Recorder(clock)
@@ -84,8 +91,8 @@ def test_everybody_is_called_once_per_round_in_one_order() -> None:
 def test_warm_up_leaves_no_trace_in_the_results() -> None:
     clock = Clock()
     recorder = Recorder(clock)
-    peers = {"x": clock.worker("x", 500.0, 500.0, 500.0, 6.0)}
-    compete(recorder, clock.worker("me", 90.0, 90.0, 90.0, 3.0), peers, elements=1, budget_s=0.0, clock=clock)
+    peers = {"x": clock.worker("x", 500.0, 500.0, 6.0)}
+    compete(recorder, clock.worker("me", 90.0, 90.0, 3.0), peers, elements=1, budget_s=0.0, clock=clock)
     assert recorder.extra_info["rounds"] == 7
     assert recorder.extra_info["peers"]["x"]["p90_ms"] == pytest.approx(6e3)
     assert recorder.extra_info["p90_ms"] == pytest.approx(3e3)

@@ -203,15 +203,6 @@ bool ModelPair<T, kRankings>::conclude(const PairSums& sums) {
   return true;
 }
 
-// Collects what of a step reaches the bound, which rises when there is too much of it.
-template <class T, class Entries>
-DEEPALIGN_INLINE void gather(int64_t i, const Pair& keys, Entries mask, Candidates& candidates, Float& bound) {
-  const MaskPair chosen = both(greater_equal(keys, bound), mask);
-  if (!any(chosen)) return;
-  candidates.add<T>(i, chosen, keys, keys, keys);
-  bound = splat(candidates.bound());
-}
-
 // ---- the order of work
 
 // A row alone, its segments one after the other or shared among threads: the same sums, added in the same order. Maxima
@@ -318,21 +309,8 @@ struct BaseFavoredRow {
 
 template <class T>
 typename BaseFavoredRow<T>::Part BaseFavoredRow<T>::collect(int64_t segment, std::vector<Candidates>& candidates) const {
-  const Float threshold = splat(float(pair.log_ratio));
-  Float bound = splat(candidates[0].bound());
-  LaneCount favored;
-  favored.clear();
-  const auto step = [&](int64_t i, int64_t n, auto mask) __attribute__((always_inline)) {
-    const auto x = pair.load(i, n);
-    const Pair d = x.b - x.a;  // NaN where entries are absent: no comparison holds
-    favored.add(both(greater(d, threshold), mask));
-    gather<T>(i, d, mask, candidates[0], bound);
-  };
-  const int64_t end = pair.cut.end(segment);
-  int64_t i = pair.cut.begin(segment);
-  for (; i + kStep <= end; i += kStep) step(i, kStep, EveryEntry());
-  if (i < end) step(i, end - i, first_entries<T>(end - i));
-  return {favored.total()};
+  const Cut& cut = pair.cut;
+  return {collect_differences(pair.a, pair.b, cut.begin(segment), cut.end(segment), float(pair.log_ratio), candidates[0])};
 }
 
 template <class T>

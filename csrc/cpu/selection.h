@@ -201,6 +201,43 @@ class Candidates {
   std::vector<uint64_t> order_;
 };
 
+// Collects what of a step reaches the bound, which rises when there is too much of it.
+template <class T, class Entries>
+DEEPALIGN_INLINE void gather(int64_t i, const Pair& keys, Entries mask, Candidates& candidates, Float& bound) {
+  const MaskPair chosen = both(greater_equal(keys, bound), mask);
+  if (!any(chosen)) return;
+  candidates.add<T>(i, chosen, keys, keys, keys);
+  bound = splat(candidates.bound());
+}
+
+// Asks for logits that a first pass has read. Rows of 16-bit logits that the second-level cache does not quite hold gain
+// by it (Zen 5, 128256 entries: 16.5 cycles per 32 entries instead of 23), smaller ones lose nothing, rows of floats lose.
+template <class T>
+DEEPALIGN_INLINE void prefetch_again(const T* at) {
+  if (sizeof(T) == 2) prefetch_step(at);
+}
+
+// A second pass over d = b - r: returns how many are above the threshold, collects those that reach the bound.
+template <class T>
+int64_t collect_differences(const T* r, const T* b, int64_t begin, int64_t end, float threshold, Candidates& candidates) {
+  const Float limit = splat(threshold);
+  Float bound = splat(candidates.bound());
+  LaneCount above;
+  above.clear();
+  // d is NaN where entries are absent, and no comparison holds; beyond the end it is 0.
+  const auto step = [&](int64_t i, int64_t n, auto exists) __attribute__((always_inline)) {
+    prefetch_again(r + i), prefetch_again(b + i);
+    const Pair xr = load_step(r + i, n), xb = load_step(b + i, n);
+    const Pair d = xb - xr;
+    above.add(both(greater(d, limit), exists));
+    gather<T>(i, d, exists, candidates, bound);
+  };
+  int64_t i = begin;
+  for (; i + kStep <= end; i += kStep) step(i, kStep, EveryEntry());
+  if (i < end) step(i, end - i, first_entries<T>(end - i));
+  return above.total();
+}
+
 // Keeps the k largest of at least k, in the order of their indices. What is added later must be larger than the least of
 // them, not equal to it: its index is higher.
 [[gnu::noinline]] inline void Candidates::prune() {

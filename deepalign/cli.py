@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(module.main(words[1:]))
         own = argparse.ArgumentParser(prog=f"deepalign {name}", description=summary, allow_abbrev=False)
         module.add_arguments(own)
-        if overridable:
-            return int(module.run(*own.parse_known_args(words[1:])))
-        return int(module.run(own.parse_args(words[1:])))
+        options, overrides = own.parse_known_args(words[1:]) if overridable else (own.parse_args(words[1:]), None)
+        if getattr(options, "no_progress", False):
+            _hide_loading_bars()
+        return int(module.run(options, *([overrides] if overridable else [])))
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -52,6 +53,12 @@ def _module(name: str) -> Any:
     if missing:
         raise RuntimeError(f"this command needs {', '.join(missing)}; `pip install 'deepalign[train]'`")
     return import_module(name)
+
+
+def _hide_loading_bars() -> None:
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # the hub's too
 
 
 if __name__ == "__main__":

@@ -50,7 +50,9 @@ def arguments(models: Path, requests: Path, phrases: str, out: Path, *more: str)
 
 def test_the_report_counts_what_the_files_hold(models, requests, phrases, tmp_path, capsys):
     assert main(arguments(models, requests, phrases, tmp_path)) == 0
-    assert "# Prefill attack" in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert "# Prefill attack" in shown.out
+    assert "Loading" not in shown.err, "--no-progress is about the models' loading, too"
     report = json.loads((tmp_path / "report.json").read_text())
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert len(answers) == REQUESTS * len(DEPTHS)

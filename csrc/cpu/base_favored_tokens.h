@@ -58,16 +58,19 @@ DEEPALIGN_INLINE Float far_below() { return splat(float(-200.0 / kLog2E)); }
 // Pass 1 over a step.
 template <int kRankings>
 struct PairScan {
+  OpenExponential open_a, open_b;
   Exponential exp_a, exp_b;
   Float max_a, max_b;
   bool careful;
+
+  bool is_right_for(Interval x) const { return holds(right_within(open_a), x) && holds(right_within(open_b), x); }
 
   DEEPALIGN_INLINE void add(Pair xa, Pair xb, PairAccumulators<kRankings>& sums) const {
     const Pair d = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125
     sums.d = add_both(sums.d, d);
     sums.rank(xa, xb, d);
-    sums.a = exp_a.add_to(sums.a, xa);
-    sums.b = exp_b.add_to(sums.b, xb);
+    sums.a = open_a.add_to(sums.a, xa);
+    sums.b = open_b.add_to(sums.b, xb);
   }
 
   // Under a mask, with maxima subtracted: for careful rows, whose other entries are finite or absent, and for the end of
@@ -167,16 +170,22 @@ template <class T, int kRankings>
 PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>& maxima) const {
   const float bits = float(kLog2E);
   const PairScan<kRankings> scan{
-      Exponential(bits, offsets.a), Exponential(bits, offsets.b), splat(offsets.max_a), splat(offsets.max_b), careful};
+      OpenExponential(bits, offsets.a), OpenExponential(bits, offsets.b), Exponential(bits, offsets.a), Exponential(bits, offsets.b),
+      splat(offsets.max_a), splat(offsets.max_b), careful};
   PairLaneSums sums;
   for (int64_t begin = cut.begin(segment); begin < cut.end(segment); begin += cut.block) {
     const int64_t end = std::min(begin + cut.block, cut.end(segment));
     PairAccumulators<kRankings> plain, masked;
     plain.clear(), masked.clear();
+    Extremes<T> extremes;
+    extremes.clear();
     int64_t i = begin;
     for (; !careful && i + kStep <= end; i += kStep) {
+      extremes.see(a + i), extremes.see(b + i);
+      prefetch_step(a + i), prefetch_step(b + i);
       scan.add(load_pair(a + i), load_pair(b + i), plain);
     }
+    if (kWatched && !scan.is_right_for(extremes.interval())) plain.clear(), i = begin;
     sums.add_block(begin, plain, maxima);
     if (i == end) continue;
     for (; i < end; i += kStep) {

@@ -65,10 +65,18 @@ struct LossAccumulators {
 // takes 25.5 cycles instead of 28.
 template <bool kIsPlain>
 struct LossScan {
-  static constexpr bool kPlain = kIsPlain;
+  static constexpr bool kPlain = kIsPlain, kOpen = kWatched;
   LossMix mix;
-  Exponential exp_s, exp_t;
-  CoarseExponential exp_r, exp_b;
+  OpenExponential exp_s, exp_t;
+  OpenCoarseExponential exp_r, exp_b;
+
+  // Whether its exponentials are, for s, a and b in an interval, and t = a + base (b - a).
+  bool is_right_for(Interval x, float base) const {
+    const float a = (1.0f - base) * x.lowest, b = base * x.lowest, c = (1.0f - base) * x.highest, d = base * x.highest;
+    const Interval t{std::min(a, c) + std::min(b, d), std::max(a, c) + std::max(b, d)};
+    return holds(right_within(exp_s), x) && holds(right_within(exp_r), x) && holds(right_within(exp_b), x) &&
+           holds(right_within(exp_t), t);
+  }
 
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, LossAccumulators& sums, Pair& largest) const {
     const Pair change = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
@@ -91,7 +99,7 @@ struct LossScan {
 // The same under a mask, with maxima subtracted: for careful rows, whose other entries are finite or absent, and for the
 // end of ordinary ones, where whatever is not finite must come through.
 struct LossMaskedScan {
-  static constexpr bool kPlain = false;
+  static constexpr bool kPlain = false, kOpen = false;
   LossMix mix;
   Exponential exp_s, exp_t, exp_r, exp_b;
   Float max_s, max_t, max_r, max_b;

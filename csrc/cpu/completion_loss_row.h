@@ -170,8 +170,8 @@ template <class T>
 template <bool kPlain>
 LossScan<kPlain> CompletionLossRow<T>::ordinary_scan() const {
   const float bits = float(kLog2E);
-  return {mix(), Exponential(scale_, offsets_.s), Exponential(scale_, offsets_.t), CoarseExponential(bits, offsets_.r),
-          CoarseExponential(bits, offsets_.b)};
+  return {mix(), OpenExponential(scale_, offsets_.s), OpenExponential(scale_, offsets_.t),
+          OpenCoarseExponential(bits, offsets_.r), OpenCoarseExponential(bits, offsets_.b)};
 }
 
 template <class T>
@@ -210,10 +210,16 @@ Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneS
   Pair largest = twice(splat(-kInfinity));
   LossAccumulators block;
   block.clear();
+  Extremes<T> extremes;
+  extremes.clear();
   int64_t i = begin;
   for (; i + kStep <= end; i += kStep) {
     prefetch_step(s + i), prefetch_step(a + i), prefetch_step(b + i);
+    if (Scan::kOpen) extremes.see(s + i), extremes.see(a + i), extremes.see(b + i);
     scan_step(scan, {load_pair(s + i), load_pair(a + i), load_pair(b + i)}, {all_lanes(), all_lanes()}, block, largest);
+  }
+  if constexpr (Scan::kOpen) {
+    if (!scan.is_right_for(extremes.interval(), mix_)) return scan_block(masked_scan(), begin, sums);
   }
   if (i < end) scan_step(masked_scan(), load(i, end - i), first_entries<T>(end - i), block, largest);
   sums.template add<Scan::kPlain>(block, begin);

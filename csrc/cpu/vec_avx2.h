@@ -6,7 +6,9 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "types.h"
 
@@ -171,32 +173,38 @@ DEEPALIGN_INLINE Float of_bits(Float x, Float& least) {
 namespace deepalign {
 namespace DEEPALIGN_ISA {
 
-// factor * 2^(scale x - offset), scale > 0: a table of 8 entries times a polynomial of degree 3, relative error 1.5e-7.
-// V is Float or Pair.
+// factor * 2^(scale x - offset), scale > 0: a table of 8 entries times a polynomial of degree 3. V is Float or Pair.
 //
 // z = scale x rounded to a multiple of 1/8 (added to a number whose last place is 1/8, from which the offset, being
 // whole, is subtracted without rounding), f = scale x - z in [-1/16, 1/16] without rounding, 2^(scale x - offset) =
-// 2^floor(z - offset) * table[8 z mod 8] * P(f), P(0) = 1. The factor is in the table and in the offset. The sum that
-// rounds has 8 (z - offset) in its last bits: shifted up by 20 and added to an entry they change its exponent, and the
-// table takes back what the lowest three add to the mantissa.
+// 2^floor(z - offset) * table[8 z mod 8] * P(f). The factor is in the table and in the offset. The sum that rounds has
+// 8 (z - offset) in its last bits: shifted up by 20 and added to an entry they change its exponent, and the table takes
+// back what the lowest three add to the mantissa.
 //
-// There is no vscalef, so x is clamped to where that exponent stays in its field, and P carries 2^-kSpare: the smallest
+// There is no vscalef, so x is clamped to where that exponent stays in its field (an open exponential leaves that to
+// whoever watches the Extremes of x: four instructions and as many loads less), and P carries 2^-kSpare: the smallest
 // exponent then gives 0, not 2^-126 (which times a difference of logits of 1e38 would count), and the largest, whose
 // field is that of infinity and NaN, comes out as one of these from 2^(128 - kSpare) on. NaN passes; -infinity gives 0.
-class Exponential {
+//
+// The exact P has P(0) = 1, so that entry + entry (P - 1) can be had, which rounds less than entry P. The coarse one is
+// written from 3/2, near enough to 1 / log 2 (see vec_avx512.h) and a multiple of 1/8: (g^2 + kSquare) g + kConstant,
+// g = f + 3/2, its leading factor in the table. g comes times kUnit, all that leads to it being so: that makes 2^-kSpare.
+template <bool kCoarse, bool kOpen>
+class TableExponential {
  public:
   static constexpr int kMaxOffset = 100;  // as in vec_avx512.h, though nothing here depends on it
 
-  Exponential(float scale, int offset, float factor = 1.0f) {
+  TableExponential(float scale, int offset, float factor = 1.0f) {
     int power = kNothing;
     double mantissa = 0.5;
     if (factor != 0.0f) mantissa = std::frexp(double(factor), &power);
-    const double shift = double(kSpare) + power - offset;
-    scale_ = splat(scale + (factor - factor));  // a factor that is infinite or NaN makes everything NaN
-    magic_ = splat(float(0x1.8p20 + shift));
+    const double shift = double(kSpare) + power - offset, magic = 0x1.8p20 + shift;
+    scale_ = splat((scale + (factor - factor)) * kUnit);  // a factor that is infinite or NaN makes everything NaN
+    magic_ = splat(float(magic * double(kUnit))), centre_ = splat(float((magic + kCentre) * double(kUnit)));
     lowest_ = splat(float((-125.0 - shift) / scale));
     highest_ = splat(float((129.0 - shift) / scale));
-    const __m256d common = _mm256_set1_pd(mantissa);
+    interval_ = {float((-124.0 - shift) / scale), float((127.0 - shift) / scale)};
+    const __m256d common = _mm256_set1_pd(kLeading * mantissa);
     const __m128 low = _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_load_pd(kTable), common));
     const __m128 high = _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_load_pd(kTable + 4), common));
     const __m256i bits = _mm256_castps_si256(_mm256_set_m128(high, low));
@@ -219,51 +227,58 @@ class Exponential {
     return value(parts);
   }
 
+  friend Interval right_within(const TableExponential& exponential) { return exponential.interval_; }
+
  private:
-  static constexpr int kSpare = 28, kNothing = -1000;  // 2^kNothing stands for a factor of 0
-  static constexpr float kUnit = 0x1p-28f;
-  // Minimax 2^f on [-1/16, 1/16], 1.9e-8: kConstant (1 + k1 f + k2 f^2 + k3 f^3), the last three times kUnit.
+  static constexpr int kNothing = -1000;  // 2^kNothing stands for a factor of 0
+  // Exact: minimax 2^f on [-1/16, 1/16], 1.9e-8: kConstant (1 + k1 f + k2 f^2 + k3 f^3), the last three times 2^-kSpare.
   static constexpr double kConstant = 0.99999998166726722;
-  static constexpr float k1 = 0.69314722123918515f * kUnit, k2 = 0.24026407730382424f * kUnit,
-                         k3 = 0.055498901477790741f * kUnit;
-  // kConstant 2^(i/8). In double, so that the factor is rounded with it, not after it.
+  static constexpr float kOne = 0x1p-28f;
+  static constexpr float k1 = 0.69314722123918515f * kOne, k2 = 0.24026407730382424f * kOne, k3 = 0.055498901477790741f * kOne;
+  // Coarse: minimax, free of error in the mean, 1.3e-7: kLeading ((g^2 + kSquare) g + kRest), times
+  // 2^-kSpare: of the 33 bits that three kUnit make, kLeading takes 5.
+  static constexpr float kUnit = kCoarse ? 0x1p-11f : 1.0f;
+  static constexpr double kCentre = kCoarse ? 1.5 : 0.0;
+  static constexpr double kLeading = kCoarse ? 32 * 0.053393432377723815 : kConstant;
+  static constexpr float kSquare = 6.23199652f * kUnit * kUnit, kRest = 6.00590001f * kUnit * kUnit * kUnit;
+  static constexpr int kSpare = 28;
+  // 2^(i/8). In double, so that the factor is rounded with it, not after it.
   alignas(32) static constexpr double kTable[8] = {
-      kConstant * 1.0,
-      kConstant * 1.0905077326652577,
-      kConstant * 1.1892071150027211,
-      kConstant * 1.2968395546510096,
-      kConstant * 1.4142135623730951,
-      kConstant * 1.5422108254079407,
-      kConstant * 1.6817928305074292,
-      kConstant * 1.8340080864093424};
+      1.0,
+      1.0905077326652577,
+      1.1892071150027211,
+      1.2968395546510096,
+      1.4142135623730951,
+      1.5422108254079407,
+      1.6817928305074292,
+      1.8340080864093424};
 
   template <class V>
   struct Parts {
-    V entry, f, slope;  // of the table, its exponent adjusted; (P(f) - 1) / f
+    V entry, f, slope;  // of the table, its exponent adjusted; (P(f) - 1) / f, or the coarse P
   };
 
-  // entry + entry (P(f) - 1) rounds less than entry P(f).
   template <class V>
   DEEPALIGN_INLINE static V value(Parts<V> x) {
-    return fma(x.entry, x.f * x.slope, x.entry * splat(kUnit));
+    if constexpr (kCoarse) return x.entry * x.slope;
+    else return fma(x.entry, x.f * x.slope, x.entry * splat(kOne));
   }
-  DEEPALIGN_INLINE static Float added(Float sum, Parts<Float> x) {
-    return fma(x.entry, fma(x.f, x.slope, splat(kUnit)), sum);
+  template <class V>
+  DEEPALIGN_INLINE static V polynomial(Parts<V> x) {
+    if constexpr (kCoarse) return x.slope;
+    else return fma(x.f, x.slope, splat(kOne));
   }
-  DEEPALIGN_INLINE static Float added(Float sum, Parts<Pair> x) {
-    return add_products(sum, x.entry, fma(x.f, x.slope, splat(kUnit)));
-  }
-
-  DEEPALIGN_INLINE static Pair added(Pair sums, Parts<Pair> x) {
-    return fma(x.entry, fma(x.f, x.slope, splat(kUnit)), sums);
-  }
+  DEEPALIGN_INLINE static Float added(Float sum, Parts<Float> x) { return fma(x.entry, polynomial(x), sum); }
+  DEEPALIGN_INLINE static Float added(Float sum, Parts<Pair> x) { return add_products(sum, x.entry, polynomial(x)); }
+  DEEPALIGN_INLINE static Pair added(Pair sums, Parts<Pair> x) { return fma(x.entry, polynomial(x), sums); }
 
   template <class V>
   DEEPALIGN_INLINE Parts<V> split(V x) const {
-    x = min(highest_, max(lowest_, x));  // in this order of operands NaN stays
+    if constexpr (!kOpen) x = min(highest_, max(lowest_, x));  // in this order of operands NaN stays
     const V shifted = fma(x, scale_, magic_);
-    const V f = fms(x, scale_, shifted - magic_);
-    return {entry(shifted), f, fma(f, fma(f, splat(k3), splat(k2)), splat(k1))};
+    const V f = fms(x, scale_, shifted - (kCoarse ? centre_ : magic_));
+    if constexpr (kCoarse) return {entry(shifted), f, fma(fma(f, f, splat(kSquare)), f, splat(kRest))};
+    else return {entry(shifted), f, fma(f, fma(f, splat(k3), splat(k2)), splat(k1))};
   }
 
   DEEPALIGN_INLINE Float entry(Float shifted) const {
@@ -273,10 +288,45 @@ class Exponential {
   }
   DEEPALIGN_INLINE Pair entry(Pair shifted) const { return {entry(shifted.first), entry(shifted.second)}; }
 
-  Float scale_, magic_, lowest_, highest_, table_;
+  Float scale_, magic_, centre_, lowest_, highest_, table_;
+  Interval interval_;
 };
 
-using CoarseExponential = Exponential;  // nothing is saved by less than this
+constexpr bool kWatched = true;
+using Exponential = TableExponential<false, false>;  // relative error 1.5e-7 with all rounding
+using CoarseExponential = TableExponential<true, false>;  // 3e-7: for what is counted by, or rounded to 16 bits
+using OpenExponential = TableExponential<false, true>;
+using OpenCoarseExponential = TableExponential<true, true>;
+
+// The most negative and the most positive value seen, and 0: as bits, the largest unsigned and the largest signed integer.
+template <class T>
+struct Extremes {
+  using Bits = std::conditional_t<sizeof(T) == 2, uint16_t, uint32_t>;
+  __m256i negative, positive;
+
+  void clear() { negative = positive = _mm256_setzero_si256(); }
+  DEEPALIGN_INLINE void see(const T* step) {
+    const __m256i* at = reinterpret_cast<const __m256i*>(step);
+    if constexpr (sizeof(T) == 2) {
+      const __m256i bits = _mm256_loadu_si256(at);
+      negative = _mm256_max_epu16(negative, bits), positive = _mm256_max_epi16(positive, bits);
+    } else {
+      const __m256i first = _mm256_loadu_si256(at), second = _mm256_loadu_si256(at + 1);
+      negative = _mm256_max_epu32(negative, first), positive = _mm256_max_epi32(positive, first);
+      negative = _mm256_max_epu32(negative, second), positive = _mm256_max_epi32(positive, second);
+    }
+  }
+  // Ends in NaN where one was seen.
+  Interval interval() const {
+    constexpr Bits kSign = Bits(Bits(1) << (8 * sizeof(T) - 1));
+    Bits unsigned_lanes[32 / sizeof(T)], signed_lanes[32 / sizeof(T)], low = kSign, high = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(unsigned_lanes), negative);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(signed_lanes), positive);
+    for (const Bits lane : unsigned_lanes) low = std::max(low, lane);
+    for (const Bits lane : signed_lanes) high = lane < kSign ? std::max(high, lane) : high;
+    return {to_float(bit_cast<T>(low)), to_float(bit_cast<T>(high))};
+  }
+};
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign

@@ -239,3 +239,5 @@ using CoarseExponential = TableExponential<2>;  // 7e-7: for what is counted by,
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign
+
+#include "vec_unwatched.h"

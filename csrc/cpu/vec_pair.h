@@ -68,5 +68,12 @@ DEEPALIGN_INLINE Pair of_bits(Pair x, Float& least) { return {of_bits(x.first, l
 DEEPALIGN_INLINE Float add_both(Float sum, Pair x) { return sum + x.first + x.second; }
 DEEPALIGN_INLINE Float add_products(Float sum, Pair a, Pair b) { return fma(a.second, b.second, fma(a.first, b.first, sum)); }
 
+// An open exponential does not see to what is out of its range. Where there is one (kWatched), whoever uses it watches the
+// `Extremes` of what it is given, at less cost, and does again what went beyond the interval in which it is right.
+struct Interval {
+  float lowest, highest;
+};
+inline bool holds(Interval x, Interval part) { return x.lowest <= part.lowest && part.highest <= x.highest; }  // no NaN
+
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign

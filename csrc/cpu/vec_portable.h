@@ -249,3 +249,5 @@ using CoarseExponential = Exponential;  // nothing is saved by less than this
 
 }  // namespace DEEPALIGN_ISA
 }  // namespace deepalign
+
+#include "vec_unwatched.h"

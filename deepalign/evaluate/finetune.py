@@ -19,8 +19,9 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepalign.data.chat import examples_digest
 from deepalign.data.files import Message
-from deepalign.defenses.artifacts import examples_identity, make_once, model_identity
+from deepalign.defenses.artifacts import make_once, model_identity
 from deepalign.defenses.lora import AdapterMethod, PlainLora, merged_model
 from deepalign.defenses.training import SftSettings, encode_conversations, mean_answer_loss, train_on_answers
 from deepalign.evaluate.generation import Contrast
@@ -115,8 +116,8 @@ def finetune(
         "finetune": asdict(settings),
         "method": method.identity(),
         "model": model_identity(model_path),
-        "train": examples_identity(train),
-        "held_out": examples_identity(held_out),
+        "train": examples_digest(train),
+        "held_out": examples_digest(held_out),
     }
 
     def make(folder: Path, work: Path) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate.gcg import GcgSettings
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
 
 
 def naive_gcg(

@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from deepalign.evaluate.generation import Contrast
-from deepalign.kernels.contrastive_sample.reference import contrastive_logits
+from deepalign.kernels.contrastive_sample import contrastive_logits
 from deepalign.kernels.linear_rows import Head, choose_chunk_rows, logits_
 from deepalign.output_head import OutputHead, check_output_head, hidden_states, output_head
 from deepalign.sampling.decoder import PreallocatedLayer, dense_last_column, takes_logits_to_keep

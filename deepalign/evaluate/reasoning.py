@@ -26,7 +26,7 @@ from deepalign.data.resumable import Row
 from deepalign.evaluate.answers import Question, Verdict
 from deepalign.evaluate.judges import load_object
 from deepalign.evaluate.outcomes import AttackExample
-from deepalign.evaluate.statistics import format_rate, wilson_interval
+from deepalign.evaluate.statistics import format_rate, rounded_interval
 
 HARMFUL_JUDGE, REASONING_JUDGE = "keyword:jailbreakbench", "deliberation"
 MIN_WORDS = 5
@@ -206,10 +206,7 @@ def table_rows(results: Sequence[ReasoningResult]) -> list[list[str]]:
 def counts_with_intervals(result: ReasoningResult) -> dict[str, Any]:
     """`counts()` with the interval of each, for JSON."""
     counts = result.counts()
-    intervals = {
-        f"{key}_interval": [round(x, 4) for x in wilson_interval(counts[key], result.n)] for key in CELL_LABELS
-    }
-    return {**counts, **intervals}
+    return {**counts, **{f"{key}_interval": rounded_interval(counts[key], result.n) for key in CELL_LABELS}}
 
 
 def write_records(result: ReasoningResult, path: str | Path) -> None:

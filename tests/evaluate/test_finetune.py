@@ -18,7 +18,7 @@ from deepalign.evaluate.finetune import (
     measure_safety,
     split_rows,
 )
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
 from deepalign.evaluate.recovery import recover, recovery_config, save_merged
 from deepalign.models import load_frozen_model, load_model, load_tokenizer
 from deepalign.train.config import load_config

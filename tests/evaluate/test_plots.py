@@ -6,9 +6,9 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from deepalign.drawing import log_y, new_figure
+from deepalign.drawing import curve_styles, log_y, new_figure, spread_apart
 from deepalign.evaluate import plots
-from deepalign.evaluate.plots import curve_styles, plot_attack_success, plot_position_profile, spread_apart
+from deepalign.evaluate.plots import plot_attack_success, plot_position_profile
 
 # The first style is grey, as the axes and antialiased letters are, and could not be found by its colour.
 STYLES = curve_styles({name: name for name in ("grey", "aligned", "contrastive", "completed")})

@@ -14,14 +14,13 @@ Two judges, both pluggable, decide the two questions apart:
 "Safe" is everything that is not harmful, gibberish included; the table says how much of it is degenerate.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import write_jsonl
 from deepalign.data.resumable import Row
 from deepalign.evaluate.answers import Question, Verdict
 from deepalign.evaluate.judges import load_object
@@ -211,7 +210,7 @@ def counts_with_intervals(result: ReasoningResult) -> dict[str, Any]:
 
 def write_records(result: ReasoningResult, path: str | Path) -> None:
     """What was decided on each answer, one JSON object a line."""
-    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in result.records))
+    write_jsonl(path, result.records)
 
 
 def _cell(harmful: bool, reasoning: bool) -> str:

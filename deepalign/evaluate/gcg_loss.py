@@ -168,9 +168,8 @@ class TargetLoss:
         self.contrast = contrast
         self.rows = rows
         self.target_T = torch.tensor(list(target_ids), device=device)
-        self.behind_A = torch.tensor(
-            [*after_ids, *target_ids][:-1], device=device
-        )  # nothing is predicted from the last
+        # nothing is predicted from the last
+        self.behind_A = torch.tensor([*after_ids, *target_ids][:-1], device=device)
         room = suffix_length + self.behind_A.numel()
         models = [model] if contrast is None else [model, contrast.base]
         self.prefixes = [PrefixCache(each, before_ids, rows, room) for each in models]

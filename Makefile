@@ -233,8 +233,8 @@ gpu-sanitize: $(GPU_READY)
 
 gpu-profile: $(GPU_READY)
 	@command -v ncu >/dev/null || { echo "ncu is not on PATH (it comes with the CUDA toolkit)"; exit 1; }
-	@mkdir -p benchmarks/results
-	ncu --set full --clock-control none --kernel-name "regex:(rows|select|sample|divergence)_kernel" --csv --page raw --log-file benchmarks/results/gpu-profile.csv \
+	@mkdir -p $(RESULTS)
+	ncu --set full --clock-control none --kernel-name "regex:(rows|select|sample|divergence)_kernel" --csv --page raw --log-file $(RESULTS)/gpu-profile.csv \
 		$(GPU_ONCE) --rows 1024 --vocab 128256
 
 gpu-rest: $(GPU_READY)

@@ -26,13 +26,14 @@ def keep_memory() -> None:
     )
 
 
-def return_memory() -> bool:
+def return_memory() -> None:
     """Map every block above 64 KiB on its own and unmap it when it is freed: resident memory is then memory in use.
 
-    Returns:
-        Whether that could be set.
+    Raises:
+        RuntimeError: that cannot be set (another C library, a preloaded allocator).
     """
-    return _set({_M_MMAP_THRESHOLD: _MAPPED_FROM}, f"glibc, M_MMAP_THRESHOLD={_MAPPED_FROM >> 10} KiB")
+    if not _set({_M_MMAP_THRESHOLD: _MAPPED_FROM}, f"glibc, M_MMAP_THRESHOLD={_MAPPED_FROM >> 10} KiB"):
+        raise RuntimeError(f"peak memory needs glibc's own malloc; this process has: {description()}")
 
 
 def trim() -> None:

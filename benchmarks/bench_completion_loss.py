@@ -14,11 +14,8 @@ from benchmarks.interleaved import compete
 from benchmarks.peers import loss_peers
 
 OPERATION = "completion_loss"
-LOGITS_MOVED = {
-    "forward": 3,
-    "forward_backward": 4,
-    "forward_backward_inplace": 4,
-}  # each input read, a gradient written
+# each input read, a gradient written
+LOGITS_MOVED = {"forward": 3, "forward_backward": 4, "forward_backward_inplace": 4}
 SHORT_MODES = [pytest.param(mode, marks=pytest.mark.full if "inplace" in mode else ()) for mode in MODES]
 
 

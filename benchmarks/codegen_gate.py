@@ -121,24 +121,19 @@ def _sampler(target: str, name: str, warps: int) -> Any:
     return compiled(sample_kernel, types, constants, target, num_warps=warps, **_options(target, ALL_REGISTERS))
 
 
+INT64_POINTERS = {
+    *("given_ptr", "listed_ptr", "words_ptr", "done_ptr", "out_count_ptr", "out_index_ptr", "token_ptr"),
+    *("in_top_ptr", "a_top_ptr", "b_top_ptr"),
+}
+
+
 def _kind(name: str) -> str:
     """The type of an argument of the smaller kernels, which name theirs alike."""
     if name in ("a_ptr", "b_ptr", "g_ptr"):
         return "*bf16:16"
     if name in ("index_ptr", "found_ptr", "count_ptr", "first_ptr"):
         return "*i32:16"
-    if name in (
-        "given_ptr",
-        "listed_ptr",
-        "words_ptr",
-        "done_ptr",
-        "out_count_ptr",
-        "out_index_ptr",
-        "token_ptr",
-        "in_top_ptr",
-    ):
-        return "*i64:16"
-    if name in ("a_top_ptr", "b_top_ptr"):
+    if name in INT64_POINTERS:
         return "*i64:16"
     if name == "uniforms_ptr":
         return "*fp64:16"

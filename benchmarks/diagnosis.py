@@ -28,6 +28,7 @@ from torch import Tensor
 from benchmarks import allocator
 from benchmarks.environment import machine, row_environment
 from benchmarks.interleaved import spread
+from deepalign.data.files import write_text_atomic
 from deepalign.diagnose.records import make_records, record_type, writing
 from deepalign.diagnose.rows import ModelRows, RowOptions, RowStatistics, measure_rows
 from deepalign.kernels.library import cpu_isa
@@ -127,7 +128,8 @@ def measure(hidden_size: int, threads: int, answer_count: int, everybody: list[s
     ):
 
         def ours(hidden: tuple[Tensor, Tensor]) -> RowStatistics:
-            rows = measure_rows(*(ModelRows(h, head) for h, head in zip(hidden, heads, strict=True)), options)
+            aligned, base = (ModelRows(h, head) for h, head in zip(hidden, heads, strict=True))
+            rows = measure_rows(aligned, base, options)
             count = len(hidden[0]) // POSITIONS
             file.append(make_records(rows, responses[:count], [0] * count, record))
             return rows
@@ -176,9 +178,11 @@ def main() -> None:
     row = measure(options.hidden, options.threads, options.answers, everybody)
     print(json.dumps(row, indent=1))
     if options.out is not None:
-        known = json.loads(options.out.read_text()) if options.out.exists() else {"machine": machine(), "rows": []}
+        known: dict[str, Any] = {"machine": machine(), "rows": []}
+        if options.out.exists():
+            known = json.loads(options.out.read_text())
         known["rows"].append(row)
-        options.out.write_text(json.dumps(known, indent=1) + "\n")
+        write_text_atomic(options.out, json.dumps(known, indent=1) + "\n")
 
 
 if __name__ == "__main__":

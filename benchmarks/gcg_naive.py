@@ -5,6 +5,7 @@ candidates of one length together, which any implementation would do on a GPU.
 """
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch.nn import functional
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate.gcg import GcgSettings
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
 
 
 def naive_gcg(
@@ -30,7 +31,7 @@ def naive_gcg(
     """
     generator = torch.Generator().manual_seed(seed)
     initial = [settings.initial_token] * settings.suffix_tokens
-    suffix = [int(id_) for id_ in tokenizer.convert_tokens_to_ids(initial)]
+    suffix = list(cast(list[int], tokenizer.convert_tokens_to_ids(initial)))
     targets = [tokenizer(e.target, add_special_tokens=False)["input_ids"][: settings.target_tokens] for e in examples]
     special = set(tokenizer.all_special_ids)
     vocabulary = [id_ for id_ in range(len(tokenizer)) if id_ not in special]
@@ -84,7 +85,7 @@ def _prompt_ids(
 
 def _gradient(model: PreTrainedModel, parts: tuple[list[int], list[int], list[int]], target: list[int]) -> torch.Tensor:
     """(S, V), through the one-hot matrix."""
-    weight = model.get_input_embeddings().weight.detach()
+    weight = model.get_input_embeddings().get_parameter("weight").detach()
     one_hot = functional.one_hot(torch.tensor(parts[1]), len(weight)).to(weight.dtype).requires_grad_()
     before, after = (functional.embedding(torch.tensor(ids), weight) for ids in (parts[0], parts[2] + target))
     logits = model(inputs_embeds=torch.cat([before, one_hot @ weight, after])[None]).logits[0]

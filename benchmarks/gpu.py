@@ -15,6 +15,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from deepalign.data.files import write_text_atomic
 
 LOSS_SHAPES = ((8192, 128256), (4096, 151936), (16384, 32000))
 SAMPLER_BATCHES = (1, 8, 64, 512)
-SAMPLER_OPTIONS = ({"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {}, {"top_p": 0.9})
+SAMPLER_OPTIONS: tuple[dict[str, Any], ...] = ({"top_k": 50}, {"top_k": 50, "top_p": 0.9}, {}, {"top_p": 0.9})
 GRAPH_CALLS = 20
 SLEEP_CYCLES = 4_000_000  # two milliseconds
 
@@ -44,9 +46,9 @@ class Clock:
 
     def time(self, call: Callable[[], object]) -> float:
         if not self.on_gpu:
-            start = time.perf_counter()
+            started = time.perf_counter()
             call()
-            return (time.perf_counter() - start) * 1e3
+            return (time.perf_counter() - started) * 1e3
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(SLEEP_CYCLES)  # meanwhile the call is launched: it is not the host that is timed
         start.record()
@@ -81,19 +83,17 @@ def liger_losses(contestants: LossContestants) -> dict[str, Contestant]:
     """Liger's KL and JSD of student and aligned; nothing if it is not installed."""
     if not find_spec("liger_kernel"):
         return {}
-    from liger_kernel.transformers.jsd import LigerJSD
-    from liger_kernel.transformers.kl_div import LigerKLDIVLoss
-
+    kl = import_module("liger_kernel.transformers.kl_div").LigerKLDIVLoss(reduction="batchmean", log_target=True)
+    jsd = import_module("liger_kernel.transformers.jsd").LigerJSD()
     log_p = contestants.student.float().log_softmax(-1).to(contestants.student.dtype).requires_grad_()
     log_q = contestants.aligned.float().log_softmax(-1).to(contestants.student.dtype)
-    losses = {"liger_kl": LigerKLDIVLoss(reduction="batchmean", log_target=True), "liger_jsd": LigerJSD()}
 
     def forget() -> None:
         log_p.grad = None
 
     return {
-        f"{name} (does less)": Contestant(lambda loss=loss: loss(log_p, log_q).backward(), forget)
-        for name, loss in losses.items()
+        "liger_kl (does less)": Contestant(lambda: kl(log_p, log_q).backward(), forget),
+        "liger_jsd (does less)": Contestant(lambda: jsd(log_p, log_q).backward(), forget),
     }
 
 
@@ -175,18 +175,19 @@ def sampler_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for batch in batches:
         for chosen in SAMPLER_OPTIONS:
             made = SamplerContestants(Case(batch, vocab, device=options.device), alpha=0.5, **chosen)
-            arguments = {**made.options, "uniforms": made.uniforms.double()}
+            arguments: dict[str, Any] = {**made.options, "uniforms": made.uniforms.double()}
             calls: dict[str, Callable[[], object]] = {
-                implementation: lambda m=made, a=arguments: contrastive_sample(
-                    m.aligned, m.base, implementation=implementation, **a
+                implementation: partial(
+                    contrastive_sample, made.aligned, made.base, implementation=implementation, **arguments
                 )
             }
+            models = (made.aligned, made.base, made.uniforms)
             if "eager" in options.peers:
-                peer = torch.no_grad()(sample_eager)
-                calls["eager"] = lambda m=made, p=peer: p(m.aligned, m.base, m.uniforms, **m.options)
+                peer: Callable[..., object] = torch.no_grad()(sample_eager)
+                calls["eager"] = partial(peer, *models, **made.options)
             if "compile" in options.peers:
                 fast = torch.no_grad()(compiled_statically(sample_eager))
-                calls["compile"] = lambda m=made, p=fast: p(m.aligned, m.base, m.uniforms, **m.options)
+                calls["compile"] = partial(fast, *models, **made.options)
             for call in calls.values():
                 call()  # compiles
             graphs = {name: captured(call, options.device) for name, call in calls.items()}

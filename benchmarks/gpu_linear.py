@@ -8,6 +8,7 @@ all rows of logits at once would not fit.
 
 import argparse
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -63,7 +64,11 @@ def relatives(made: LinearContestants) -> dict[str, Contestant]:
     if find_spec("liger_kernel"):
         jsd = import_module("liger_kernel.transformers.fused_linear_jsd").LigerFusedLinearJSD()
         losses["liger_fused_linear_jsd (does less)"] = lambda: jsd(student, student_head, teacher, teacher_head)
-    return {name: Contestant(lambda loss=loss: loss().backward(), made.prepare) for name, loss in losses.items()}
+    return {name: Contestant(partial(_backward, loss), made.prepare) for name, loss in losses.items()}
+
+
+def _backward(loss: Callable[[], Tensor]) -> None:
+    loss().backward()
 
 
 def linear_rows(

@@ -8,6 +8,8 @@ Triton's cache in the time of the slowest.
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -19,7 +21,12 @@ from deepalign import (
     position_divergence,
 )
 
-SAMPLES: tuple[dict[str, float], ...] = (
+KINDS: tuple[dict[str, Any], ...] = (
+    {},
+    {"penalty": "centered_square"},
+    {"kl_direction": "teacher_student", "favored_from": "student"},
+)
+SAMPLES: tuple[dict[str, Any], ...] = (
     {"top_k": 50, "top_p": 0.9},
     {"top_p": 0.9},
     {"min_p": 0.02},
@@ -35,22 +42,24 @@ def calls(rows: int, vocab: int, device: str) -> dict[str, Callable[[], object]]
     models = [torch.randn(rows, vocab, device=device).mul(4).bfloat16() for _ in range(3)]
     pair = models[1:]
     found: dict[str, Callable[[], object]] = {}
-    for kind in ({}, {"penalty": "centered_square"}, {"kl_direction": "teacher_student", "favored_from": "student"}):
+    for kind in KINDS:
         config = CompletionLossConfig(top_k=min(100, vocab), **kind)
 
         def loss(config: CompletionLossConfig = config, inplace: bool = False) -> None:
             leaf = models[0].clone().requires_grad_()
-            options = {"config": config, "inplace": inplace, "implementation": implementation, "reduction": "sum"}
-            fused_completion_loss(leaf * 1, *pair, **options).loss.backward()
+            output = fused_completion_loss(
+                leaf * 1, *pair, config=config, inplace=inplace, implementation=implementation, reduction="sum"
+            )
+            output.loss.backward()
 
         found[f"loss {kind}"] = loss
-        found[f"loss in place {kind}"] = lambda loss=loss: loss(inplace=True)
+        found[f"loss in place {kind}"] = partial(loss, inplace=True)
     found["forward"] = lambda: fused_completion_loss(models[0], *pair, implementation=implementation)
     found["base_favored_tokens"] = lambda: base_favored_tokens(*pair, implementation=implementation)
     found["position_divergence"] = lambda: position_divergence(*pair, implementation=implementation)
     for chosen in SAMPLES:
-        found[f"sample {chosen}"] = lambda chosen=chosen: contrastive_sample(
-            *pair, alpha=0.5, implementation=implementation, **chosen
+        found[f"sample {chosen}"] = partial(
+            contrastive_sample, *pair, alpha=0.5, implementation=implementation, **chosen
         )
     return found
 

@@ -63,9 +63,15 @@ def write_inputs(folder: Path, shape: dict[str, Any], prompt: int, answer: int) 
     context = prompt + answer + 16
     for seed, name in enumerate(("aligned", "base")):
         torch.manual_seed(seed)
-        ids = {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": 2}
-        config = LlamaConfig(**shape, **ids, max_position_embeddings=context, dtype=torch.bfloat16)
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder / name)
+        config = LlamaConfig(
+            **shape,
+            pad_token_id=0,
+            bos_token_id=None,
+            eos_token_id=2,
+            max_position_embeddings=context,
+            dtype=torch.bfloat16,
+        )
+        LlamaForCausalLM(config).bfloat16().save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)
     generator = torch.Generator().manual_seed(0)
     for name in ("harmful", "utility"):

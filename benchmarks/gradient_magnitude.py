@@ -26,7 +26,12 @@ from deepalign.data.files import write_text_atomic
 from deepalign.diagnose import gradient_magnitude
 from deepalign.diagnose.parameter_uses import EmbeddingUse, embedding_squares
 
-SHAPE = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+}
 VOCAB = 32000
 SUBJECT = "deepalign"
 REPLICAS = 8
@@ -108,7 +113,7 @@ def _replicated_chunk(model: LlamaForCausalLM, example: EncodedExample, chunk: r
         elif isinstance(module, nn.Embedding):
             squares += embedding_squares(EmbeddingUse(ids_Cn[0], output, None), gradient)
         else:  # a norm's gain
-            squares += (gradient * output.detach() / module.weight.detach()).sum(1).square().sum(-1)
+            squares += (gradient * output.detach() / module.get_parameter("weight").detach()).sum(1).square().sum(-1)
     return squares.sqrt()
 
 

@@ -23,7 +23,7 @@ GUARDED = ("eager", "eager_tuned", "compile", "compile_tuned")
 
 def ratios(result: Mapping[str, Any]) -> dict[tuple[str, ...], float]:
     """Ratio by operation, case, mode, implementation, instruction set, threads and peer."""
-    found = {}
+    found: dict[tuple[str, ...], float] = {}
     for row in rows_of(dict(result)):
         key = tuple(str(row[name]) for name in ("operation", "case", "mode", "implementation", "isa", "threads"))
         found |= {(*key, peer): row["peers"][peer]["ratio"] for peer in GUARDED if peer in row.get("peers", {})}

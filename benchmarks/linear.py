@@ -140,8 +140,10 @@ def multiplies_bfloat16() -> bool:
 
 def product_routes() -> dict[str, Callable[[Tensor, Tensor, Tensor], None]]:
     """By name; those in bfloat16 only where processors multiply it."""
-    in_bfloat16 = {"native_bf16": _product_native, "rounded_bf16": _product_rounded}
-    return {"blocks": _product_blocks} | (in_bfloat16 if multiplies_bfloat16() else {})
+    routes: dict[str, Callable[[Tensor, Tensor, Tensor], None]] = {"blocks": _product_blocks}
+    if multiplies_bfloat16():
+        routes |= {"native_bf16": _product_native, "rounded_bf16": _product_rounded}
+    return routes
 
 
 class BareProducts:

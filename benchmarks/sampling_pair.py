@@ -32,8 +32,9 @@ from deepalign.sampling.decoder import CachedDecoder, dense_last_column
 
 PROMPT_TOKENS, NEW_TOKENS = (4, 3) if QUICK else (32, 24)
 ALPHA = 1.0
-SMALL = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
-LLAMA_8B = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+Shape = dict[str, Any]  # of LlamaConfig
+SMALL: Shape = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 2}
+LLAMA_8B: Shape = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
 LOGITS_STD, BASE_NOISE = 4.3, 0.3
 # Llama 3's own generation config is temperature 0.6 and top_p 0.9; transformers long added top_k 50 where none is set.
 DRAWS: dict[str, dict[str, Any]] = {
@@ -115,7 +116,7 @@ class GenerateContestants:
             options = {"do_sample": False}
 
         def call() -> Tensor:
-            return aligned.generate(
+            return aligned.generate(  # type: ignore[operator]  # generate is a mixin's
                 prompts,
                 attention_mask=torch.ones_like(prompts),
                 max_new_tokens=NEW_TOKENS,

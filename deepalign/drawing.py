@@ -9,6 +9,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -102,20 +103,21 @@ def draw_curve(
     # About 12 markers tell curves apart; one on every point of a long profile would hide its line.
     every = max(1, math.ceil(len(x) / 12))
     axes.fill_between(x, low, high, color=style.color, alpha=0.13, linewidth=0)
-    axes.plot(
-        x,
-        y,
-        color=style.color,
-        marker=style.marker,
-        markevery=every,
-        markersize=5.5,
-        markerfacecolor="white" if hollow else style.color,
-        markeredgecolor=style.color if hollow else "white",
-        markeredgewidth=1.0 if hollow else 0.4,
-        linewidth=1.7,
-        dashes=style.dashes if style.dashes else (None, None),
-        clip_on=False,
-    )
+    axes.plot(x, y, markevery=every, clip_on=False, **line_options(style, hollow))
+
+
+def line_options(style: CurveStyle, hollow: bool) -> dict[str, Any]:
+    """A style as matplotlib's options of a line; `hollow` markers are white inside."""
+    return {
+        "color": style.color,
+        "marker": style.marker,
+        "markersize": 5.5,
+        "markerfacecolor": "white" if hollow else style.color,
+        "markeredgecolor": style.color if hollow else "white",
+        "markeredgewidth": 1.0 if hollow else 0.4,
+        "linewidth": 1.7,
+        "dashes": style.dashes if style.dashes else (None, None),
+    }
 
 
 def label_ends(axes: Axes, ends: Mapping[str, float], styles: Mapping[str, CurveStyle]) -> None:
@@ -176,10 +178,10 @@ def _top(block: list[str], heights: Mapping[str, float], gap: float) -> float:
     return _bottom(block, heights, gap) + gap * (len(block) - 1)
 
 
-def save_atomic(figure: Figure, path: str | os.PathLike[str]) -> None:
+def save_atomic(figure: Figure, path: str | os.PathLike[str], dpi: int = DPI) -> None:
     """Write a PNG, whole or not at all; its folder is created where it is missing."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=DPI, facecolor="white")
+    figure.savefig(temporary, format="png", dpi=dpi, facecolor="white")
     os.replace(temporary, path)

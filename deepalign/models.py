@@ -22,6 +22,7 @@ from transformers import (
 )
 
 HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # by name, as in options
 TOKENIZER_FILES = ("tokenizer_config.json", "tokenizer.json", "tokenizer.model")
 
 
@@ -69,6 +70,11 @@ def choose_device(name: str, value: str | None) -> torch.device:
             why = f"there are {torch.cuda.device_count()} GPU(s): {why}"
         raise ValueError(f"{name}: {value!r} is not available here ({why}); {advice}") from None
     return device
+
+
+def default_dtype(device: torch.device) -> str:
+    """The name in `DTYPES` of what models are loaded in where the user names none."""
+    return "bfloat16" if device.type == "cuda" else "float32"
 
 
 @contextmanager
@@ -221,6 +227,12 @@ def load_adapter(model: PreTrainedModel, path: str) -> Any:
     config = load_adapter_config(path)
     with _naming(path, ["adapter_config.json"]):
         return PeftModel.from_pretrained(model, path, config=config).eval()
+
+
+def context_length(*models: PreTrainedModel) -> int | None:
+    """Tokens that fit the shortest context of the models (of a composite one: its text model); None if none says."""
+    lengths = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
+    return min((length for length in lengths if length is not None), default=None)
 
 
 def logits_width(model: PreTrainedModel) -> int:

@@ -1,16 +1,18 @@
-"""Models, adapters and devices that are not there: the message names what was given."""
+"""Models, adapters and devices that are not there: the message names what was given; and contexts of models."""
 
+from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
-from transformers import AutoConfig
+from transformers import AutoConfig, BloomConfig, Gemma3Config, Gemma3TextConfig, LlamaConfig
 
 from deepalign import models
 from deepalign.models import (
     choose_device,
+    context_length,
     load_adapter_config,
     load_frozen_model,
     load_model_config,
@@ -98,3 +100,15 @@ def test_a_device_is_there_or_refused_by_the_name_of_its_option(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match=f"'cuda' is not available here .*{why}"):
             choose_device("--device", "cuda")
+
+
+def test_context_length_is_the_shortest_and_of_a_composite_model_its_texts():
+    def model(config):
+        return SimpleNamespace(config=config)
+
+    llama = model(LlamaConfig(max_position_embeddings=100))
+    composite = model(Gemma3Config(text_config=Gemma3TextConfig(max_position_embeddings=77)))
+    unlimited = model(BloomConfig())  # ALiBi: no limit in its configuration
+    assert context_length(llama) == 100
+    assert context_length(llama, composite, unlimited) == 77
+    assert context_length(unlimited) is None

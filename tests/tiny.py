@@ -1,6 +1,7 @@
 """A tokenizer of a few words and models of a few thousand parameters, built in memory."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 WORDS = [f"w{i}" for i in range(40)]
+SPECIAL = ["<pad>", "<unk>", "</s>", "<system>", "<user>", "<assistant>"]
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}> {{ m.content }} </s> {% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
@@ -26,7 +28,7 @@ TEMPLATE = (
 
 
 def make_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
-    vocab = {word: i for i, word in enumerate(["<pad>", "<unk>", "</s>", "<system>", "<user>", "<assistant>", *words])}
+    vocab = {word: i for i, word in enumerate([*SPECIAL, *words])}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return PreTrainedTokenizerFast(
@@ -36,15 +38,14 @@ def make_tokenizer(words: list[str] = WORDS) -> PreTrainedTokenizerFast:
 
 def make_byte_tokenizer() -> Qwen2Tokenizer:
     """A byte-level tokenizer: transformers gives models of type qwen2 this class, whatever was saved with them."""
-    special = ["<pad>", "<unk>", "</s>", "<system>", "<user>", "<assistant>"]
-    vocab = {token: i for i, token in enumerate([*special, "\u0120", "w", *"0123456789"])}
+    vocab = {token: i for i, token in enumerate([*SPECIAL, "\u0120", "w", *"0123456789"])}
     return Qwen2Tokenizer(
         vocab=vocab,
         merges=[],
         pad_token="<pad>",
         unk_token="<unk>",
         eos_token="</s>",
-        extra_special_tokens=special[3:],
+        extra_special_tokens=SPECIAL[3:],
         chat_template=TEMPLATE,
     )
 
@@ -95,3 +96,12 @@ def make_model(seed: int, tokenizer: PreTrainedTokenizerFast, context: int = 64)
         eos_token_id=tokenizer.eos_token_id,
     )
     return LlamaForCausalLM(config)
+
+
+def save_pair(folder: Path) -> Path:
+    """Two models with a tokenizer each, as the folders `aligned` and `base`; returns `folder`."""
+    tokenizer = make_tokenizer()
+    for seed, name in ((0, "aligned"), (1, "base")):
+        make_model(seed, tokenizer).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder

@@ -4,7 +4,9 @@ The answer's tokens are found by position, never by searching: the ids of the pr
 be a prefix of the ids of the whole conversation, which is checked.
 """
 
-from collections.abc import Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -86,6 +88,12 @@ def encode_example(
             "shorten the prompt or raise max_length"
         )
     return EncodedExample(input_ids, len(prompt_ids), truncated)
+
+
+def examples_digest(examples: Iterable[EncodedExample]) -> str:
+    """SHA-256 over token ids and answer starts of encoded examples, in order."""
+    rows = json.dumps([(example.input_ids, example.response_start) for example in examples])
+    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def _apply_template(

@@ -13,16 +13,16 @@ Where prefixes come from, a `PrefixSource`:
 `build_contexts` takes every instruction with every prefix of the source.
 """
 
-import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from deepalign.data.chat import control_ids, encode_example, prompt_token_ids
-from deepalign.data.files import Message
+from deepalign.data.files import Message, read_rows
 
 
 @dataclass(frozen=True)
@@ -98,11 +98,9 @@ def prefixes_of_file(path: str | os.PathLike[str]) -> PrefixSource:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the file of prefixes {path} does not exist; give one text a line, or JSONL")
-    texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        texts.append(_prefix_of_line(line, f"{path}:{number}") if path.suffix == ".jsonl" else line)
+    if path.suffix == ".jsonl":
+        return fixed_prefixes(read_rows(path, _prefix_of_row))
+    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not texts:
         raise ValueError(f"{path} has no prefixes; give one text a line, or JSONL of {{'prefix': text}}")
     return fixed_prefixes(texts)
@@ -151,11 +149,7 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
-def _prefix_of_line(line: str, place: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{place}: not valid JSON ({error}); each line must be {{'prefix': text}}") from None
+def _prefix_of_row(row: Any) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("prefix"), str) or not row["prefix"]:
-        raise ValueError(f"{place}: expected an object with the key 'prefix', a non-empty text; got {line!r:.60}")
+        raise ValueError(f"expected an object with the key 'prefix', a non-empty text; got {row!r:.60}")
     return row["prefix"]

@@ -12,7 +12,7 @@ import codecs
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -158,3 +158,8 @@ def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write rows, one JSON object a line, as `write_text_atomic` writes."""
+    write_text_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))

@@ -7,11 +7,10 @@ refused rather than overwritten, because it may be hours of someone's work.
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepalign.data.chat import EncodedExample
 from deepalign.data.files import write_text_atomic
 from deepalign.models import load_model_config
 
@@ -72,12 +71,6 @@ def folder_identity(folder: Path) -> str:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()
-
-
-def examples_identity(examples: Sequence[EncodedExample]) -> str:
-    """A fingerprint of encoded data."""
-    rows = json.dumps([(row.input_ids, row.response_start) for row in examples])
-    return hashlib.sha256(rows.encode()).hexdigest()
 
 
 def _report_of(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:

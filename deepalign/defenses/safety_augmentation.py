@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import EncodedExample, control_ids, encode_example
+from deepalign.data.chat import EncodedExample, control_ids, encode_example, examples_digest
 from deepalign.data.files import Message
-from deepalign.defenses.artifacts import examples_identity, make_once, model_identity
+from deepalign.defenses.artifacts import make_once, model_identity
 from deepalign.defenses.training import SftSettings, encode_conversations, train_on_answers
 from deepalign.kernels.checks import require
 from deepalign.models import check_model_path, load_model, load_tokenizer
@@ -113,7 +113,7 @@ def augment_safety(
     identity = {
         "safety_augmentation": asdict(settings),
         "model": model_identity(model_path),
-        "data": [examples_identity(rows) for rows in (spliced, anchored)],
+        "data": [examples_digest(rows) for rows in (spliced, anchored)],
     }
 
     def make(folder: Path, work: Path) -> dict[str, Any]:

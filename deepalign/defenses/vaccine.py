@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from deepalign.data.chat import examples_digest
 from deepalign.data.files import Message
 from deepalign.data.steps import Batch
-from deepalign.defenses.artifacts import examples_identity, make_once, model_identity
+from deepalign.defenses.artifacts import make_once, model_identity
 from deepalign.defenses.lora import LoraSettings, attach_lora
 from deepalign.defenses.training import AnswerTrainer, SftSettings, encode_conversations, train_on_answers
 from deepalign.kernels.checks import require
@@ -79,7 +80,7 @@ def align_with_vaccine(
     check_model_path("model_path", model_path)
     tokenizer, model = load_tokenizer(model_path), load_model(model_path, torch.float32)
     examples = encode_conversations(conversations, tokenizer, model, settings.sft.max_length)
-    identity = {"vaccine": asdict(settings), "model": model_identity(model_path), "data": examples_identity(examples)}
+    identity = {"vaccine": asdict(settings), "model": model_identity(model_path), "data": examples_digest(examples)}
 
     def make(folder: Path, work: Path) -> dict[str, Any]:
         adapted = attach_lora(model, settings.lora, settings.sft.seed)

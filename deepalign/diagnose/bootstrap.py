@@ -140,9 +140,8 @@ def below_for_good(means_BT: np.ndarray, share: float = TENTH) -> np.ndarray:
     with np.errstate(invalid="ignore"):
         reached_BT = means_BT >= share * means_BT[:, :1]
     last_B = means_BT.shape[1] - reached_BT[:, ::-1].argmax(-1)  # 1-based; position 1 always reaches itself
-    known_B = (~np.isnan(means_BT)).sum(
-        -1
-    )  # fewer and fewer contexts reach a position, so what is known is a beginning
+    # fewer and fewer contexts reach a position, so what is known is a beginning
+    known_B = (~np.isnan(means_BT)).sum(-1)
     return np.where(reached_BT.any(-1) & (last_B < known_B), last_B + 1.0, np.nan)
 
 

@@ -21,8 +21,7 @@ from deepalign.diagnose.page import below_tenth_text, number_text
 from deepalign.diagnose.positions import PositionOptions
 from deepalign.diagnose.report import EARLY, LATE
 from deepalign.diagnose.run import BENIGN, HARMFUL, DiagnosisOptions, diagnose, load_pair_tokenizer
-from deepalign.models import choose_device
-from deepalign.sampling.cli import DTYPES
+from deepalign.models import DTYPES, choose_device, default_dtype
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +91,7 @@ def run(options: argparse.Namespace) -> int:
         contexts,
         Path(options.out),
         _diagnosis_options(options),
-        dtype=DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")],
+        dtype=DTYPES[options.dtype or default_dtype(device)],
         device=device,
         described=_described(options),
         progress=not options.no_progress,

@@ -24,7 +24,18 @@ from matplotlib.ticker import MaxNLocator
 from deepalign.diagnose.bootstrap import Band
 from deepalign.diagnose.report import profile_band
 from deepalign.diagnose.tokens import CLASSES
-from deepalign.drawing import DPI, FAINT, INK, CurveStyle, curve_styles, draw_curve, dress, log_y, save_atomic
+from deepalign.drawing import (
+    DPI,
+    FAINT,
+    INK,
+    CurveStyle,
+    curve_styles,
+    draw_curve,
+    dress,
+    line_options,
+    log_y,
+    save_atomic,
+)
 
 Report = Mapping[str, Any]
 POSITION = "position in the response (1: its first token)"
@@ -327,19 +338,7 @@ def _draw_counts(axes: Axes, report: Report) -> None:
 
 
 def _handle(style: CurveStyle, hollow: bool = False) -> Line2D:
-    return Line2D(
-        [],
-        [],
-        color=style.color,
-        marker=style.marker,
-        markersize=5.5,
-        markerfacecolor="white" if hollow else style.color,
-        markeredgecolor=style.color if hollow else "white",
-        markeredgewidth=1.0 if hollow else 0.4,
-        linewidth=1.7,
-        dashes=style.dashes if style.dashes else (None, None),
-        label=style.label,
-    )
+    return Line2D([], [], label=style.label, **line_options(style, hollow))
 
 
 def _legend(

@@ -25,6 +25,7 @@ from deepalign.data.contexts import Context
 from deepalign.diagnose.records import make_records, record_type, writing
 from deepalign.diagnose.rows import ModelRows, RowOptions, RowStatistics, measure_rows
 from deepalign.kernels.contrastive_sample import Space
+from deepalign.models import context_length
 from deepalign.output_head import hidden_states, output_head
 from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.modes import check_evaluation_mode
@@ -205,8 +206,7 @@ def _within_vocabulary(
 def _check_contexts(contexts: Sequence[Context], options: PositionOptions, models: Sequence[PreTrainedModel]) -> None:
     if not contexts:
         raise ValueError("there is nothing to measure: the list of contexts is empty")
-    known = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    room = min((length for length in known if length is not None), default=None)
+    room = context_length(*models)
     for context in contexts:
         response = context.prefix_ids if options.generate else context.response_ids
         if not options.generate and not response:

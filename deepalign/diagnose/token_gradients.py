@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from deepalign.data.chat import EncodedExample
 from deepalign.kernels.checks import compute_dtype
+from deepalign.models import context_length
 from deepalign.sampling.modes import check_evaluation_mode
 
 # Rows (tokens x positions) of activation gradients in flight. On a CPU more rows leave the cache and get slower
@@ -209,7 +210,7 @@ def check_examples(
     for name, value in (("max_positions", max_positions), ("chunk_tokens", chunk_tokens)):
         if value is not None and value < 1:
             raise ValueError(f"{name} must be at least 1 or None, got {value}")
-    context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    context = context_length(model)
     embedding = model.get_input_embeddings().weight
     assert isinstance(embedding, Tensor)
     width = embedding.shape[0]
@@ -220,7 +221,7 @@ def check_examples(
                 "tokens; expected at least one of each: log P(y_t | x, y_<t) needs a token and something before it"
             )
         read = answer_range(example, max_positions).stop - 1
-        if read > context:
+        if context is not None and read > context:
             raise ValueError(
                 f"example {number} needs {read} positions but the model's context has {context}; shorten it, or pass "
                 "max_positions"

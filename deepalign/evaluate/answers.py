@@ -25,8 +25,9 @@ from deepalign.data.resumable import ResumableFile, Row, open_resumable
 from deepalign.evaluate.generation import Contrast, LogitsProcessorFactory, continuations
 from deepalign.evaluate.judges import judge_fingerprint, judge_texts
 from deepalign.evaluate.outcomes import SCOPES, AttackExample, BatchJudge, Judge, JudgedText, Outcome, Scope
+from deepalign.sampling.stopping import decode
 
-Path = str | os.PathLike[str]
+AnyPath = str | os.PathLike[str]
 JUDGED_TOGETHER = 64  # answers whose verdicts are written at once
 
 
@@ -93,7 +94,7 @@ def answer_questions(
     *,
     contrast: Contrast | None = None,
     logits_processor: LogitsProcessorFactory | None = None,
-    path: Path | None = None,
+    path: AnyPath | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
     description: str = "answers",
@@ -177,7 +178,7 @@ def judge_answers(
     questions: Sequence[Question],
     rows: Sequence[Row],
     *,
-    path: Path | None = None,
+    path: AnyPath | None = None,
     progress: bool = False,
     description: str = "judge",
 ) -> list[Verdict]:
@@ -226,7 +227,7 @@ def questions_fingerprint(questions: Sequence[Question]) -> str:
 
 
 def _file(
-    path: Path | None, settings: Mapping[str, Any], places: Mapping[tuple[int | str, int], int]
+    path: AnyPath | None, settings: Mapping[str, Any], places: Mapping[tuple[int | str, int], int]
 ) -> AbstractContextManager[ResumableFile | None]:
     if path is None:
         return nullcontext()
@@ -266,9 +267,9 @@ def _row(tokenizer: PreTrainedTokenizerBase, question: Question, new_ids: list[i
         "depth": question.depth,
         "index": question.index,
         "prompt": question.example.prompt,
-        "prefix": _text(tokenizer, forced),
-        "continuation": _text(tokenizer, new_ids),
-        "answer": _text(tokenizer, forced + new_ids),
+        "prefix": decode(tokenizer, forced),
+        "continuation": decode(tokenizer, new_ids),
+        "answer": decode(tokenizer, forced + new_ids),
         "forced_tokens": len(forced),
         "new_tokens": len(new_ids),
     }
@@ -278,9 +279,3 @@ def _judged(example: AttackExample, row: Row, scope: Scope) -> JudgedText:
     if scope == "answer":
         return JudgedText(example, "", row["answer"])
     return JudgedText(example, row["prefix"], row["continuation"])
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
-    text = tokenizer.decode(ids, skip_special_tokens=True)
-    assert isinstance(text, str)  # one sequence in, one text out
-    return text

@@ -11,9 +11,9 @@ from deepalign.evaluate.prefill_run import run_prefill
 from deepalign.evaluate.reasoning import HARMFUL_JUDGE, REASONING_JUDGE
 from deepalign.evaluate.reasoning_run import run_reasoning
 from deepalign.evaluate.requests import load_examples
-from deepalign.evaluate.subjects import DTYPES, Subject
+from deepalign.evaluate.subjects import Subject
 from deepalign.evaluate.utility import TASKS, UtilitySettings, run_utility
-from deepalign.models import choose_device
+from deepalign.models import DTYPES, choose_device
 
 JUDGES = (
     "keyword:qi2024, keyword:gcg, keyword:jailbreakbench, keyword:FILE.txt, judgezoo:NAME, microworld:SEED, module:name"

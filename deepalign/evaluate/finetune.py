@@ -19,12 +19,14 @@ from typing import Any, TypeVar
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from deepalign.data.chat import examples_digest
 from deepalign.data.files import Message
-from deepalign.defenses.artifacts import examples_identity, make_once, model_identity
+from deepalign.defenses.artifacts import make_once, model_identity
 from deepalign.defenses.lora import AdapterMethod, PlainLora, merged_model
 from deepalign.defenses.training import SftSettings, encode_conversations, mean_answer_loss, train_on_answers
 from deepalign.evaluate.generation import Contrast
-from deepalign.evaluate.prefill import AttackExample, Judge, PrefillResult, prefill_attack
+from deepalign.evaluate.outcomes import AttackExample, Judge
+from deepalign.evaluate.prefill import PrefillResult, depth_name, prefill_attack
 from deepalign.models import check_model_path, load_frozen_model, load_model, load_tokenizer
 
 Item = TypeVar("Item")
@@ -115,8 +117,8 @@ def finetune(
         "finetune": asdict(settings),
         "method": method.identity(),
         "model": model_identity(model_path),
-        "train": examples_identity(train),
-        "held_out": examples_identity(held_out),
+        "train": examples_digest(train),
+        "held_out": examples_digest(held_out),
     }
 
     def make(folder: Path, work: Path) -> dict[str, Any]:
@@ -204,7 +206,7 @@ def measure_safety(
         ValueError: what `prefill_attack` refuses.
     """
     attacks = {
-        "all" if depth is None else str(depth): prefill_attack(
+        depth_name(depth): prefill_attack(
             model,
             tokenizer,
             examples,

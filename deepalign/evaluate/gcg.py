@@ -30,10 +30,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deepalign.evaluate.gcg_loss import CandidateLosses, TargetLoss
 from deepalign.evaluate.gcg_prompt import SuffixPrompt, allowed_tokens, suffix_text
 from deepalign.evaluate.generation import Contrast
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
+from deepalign.evaluate.prefill import target_ids
 from deepalign.kernels.checks import require
 from deepalign.kernels.eager_math import top_k_lowest_index
-from deepalign.models import logits_width
+from deepalign.models import context_length, logits_width
 from deepalign.sampling.modes import check_evaluation_mode
 
 Stopped = Literal["steps", "matched", "loss", "sequences", "seconds"]
@@ -192,11 +193,9 @@ class SuffixSearch:
         example: AttackExample,
         contrast: Contrast | None,
     ) -> TargetLoss:
-        target_ids = tokenizer(example.target, add_special_tokens=False)["input_ids"][: self.settings.target_tokens]
-        if not target_ids:
-            raise ValueError(f"the target of prompt {example.prompt!r:.80} has no tokens: {example.target!r}")
-        length = len(prompt.before_ids) + self.settings.suffix_tokens + len(prompt.after_ids) + len(target_ids)
-        context = getattr(model.config, "max_position_embeddings", None)
+        target = target_ids(tokenizer, example)[: self.settings.target_tokens]
+        length = len(prompt.before_ids) + self.settings.suffix_tokens + len(prompt.after_ids) + len(target)
+        context = context_length(model)
         if context is not None and length > context:
             raise ValueError(
                 f"request, suffix and target have {length} tokens together, beyond the model's context of {context}; "
@@ -206,7 +205,7 @@ class SuffixSearch:
             model,
             prompt.before_ids,
             prompt.after_ids,
-            target_ids,
+            target,
             suffix_length=self.settings.suffix_tokens,
             rows=self.settings.batch_size,
             contrast=contrast,

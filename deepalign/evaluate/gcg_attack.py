@@ -23,7 +23,8 @@ from deepalign.data.files import write_text_atomic
 from deepalign.evaluate.gcg import GcgSettings, mean_and_sd, optimise_suffix
 from deepalign.evaluate.gcg_prompt import suffix_text, with_suffix
 from deepalign.evaluate.generation import Contrast, greedy_continuations
-from deepalign.evaluate.prefill import OUTCOMES, AttackExample, Judge, Outcome
+from deepalign.evaluate.outcomes import OUTCOMES, AttackExample, Judge, Outcome
+from deepalign.sampling.stopping import decode
 
 PAPER_SEEDS = (0, 1, 2, 3, 4)
 SEED_STRIDE = 1_000_003  # between the draws of two seeds: more than there are requests
@@ -169,7 +170,7 @@ class _Attack:
         )
         answers: list[tuple[str, Outcome]] = []
         for example, ids in zip(examples, continuations, strict=True):
-            text = str(self.tokenizer.decode(ids, skip_special_tokens=True))
+            text = decode(self.tokenizer, ids)
             outcome = self.judge(example, "", text)
             if outcome not in OUTCOMES:
                 raise ValueError(f"the judge must return one of {', '.join(OUTCOMES)}; got {outcome!r}")

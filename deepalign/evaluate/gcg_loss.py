@@ -20,7 +20,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from deepalign.evaluate.generation import Contrast
-from deepalign.kernels.contrastive_sample.reference import contrastive_logits
+from deepalign.kernels.contrastive_sample import contrastive_logits
 from deepalign.kernels.linear_rows import Head, choose_chunk_rows, logits_
 from deepalign.output_head import OutputHead, check_output_head, hidden_states, output_head
 from deepalign.sampling.decoder import PreallocatedLayer, dense_last_column, takes_logits_to_keep
@@ -168,9 +168,8 @@ class TargetLoss:
         self.contrast = contrast
         self.rows = rows
         self.target_T = torch.tensor(list(target_ids), device=device)
-        self.behind_A = torch.tensor(
-            [*after_ids, *target_ids][:-1], device=device
-        )  # nothing is predicted from the last
+        # nothing is predicted from the last
+        self.behind_A = torch.tensor([*after_ids, *target_ids][:-1], device=device)
         room = suffix_length + self.behind_A.numel()
         models = [model] if contrast is None else [model, contrast.base]
         self.prefixes = [PrefixCache(each, before_ids, rows, room) for each in models]

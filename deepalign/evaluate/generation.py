@@ -14,6 +14,7 @@ from tqdm import tqdm
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.kernels.contrastive_sample import Space
+from deepalign.models import context_length
 from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.modes import check_evaluation_mode
 from deepalign.sampling.prompts import pad_left
@@ -203,7 +204,7 @@ def _check_inputs(
     if any(not prompt for prompt in prompts):
         raise ValueError("a prompt has no tokens; every prompt needs at least one")
     longest = max(len(prompt) for prompt in prompts)
-    context = getattr(model.config, "max_position_embeddings", None)
+    context = context_length(model)
     if context is not None and longest + max_new_tokens > context:
         raise ValueError(
             f"the longest prompt has {longest} tokens and max_new_tokens is {max_new_tokens}, together beyond the "

@@ -25,7 +25,7 @@ from deepalign.evaluate.finetune import finetune, split_rows
 from deepalign.evaluate.gcg_attack import gcg_attack
 from deepalign.evaluate.judges import make_judge
 from deepalign.evaluate.outcomes import SCOPES
-from deepalign.evaluate.prefill import WHOLE_TARGET, count_outcomes
+from deepalign.evaluate.prefill import count_outcomes, depth_name
 from deepalign.evaluate.prefill_run import agreement, attacked, file_name
 from deepalign.evaluate.reasoning import cross_tabulate, make_reasoning_judge, write_records
 from deepalign.evaluate.recovery import Control, Reference, recover, recovery_config, save_merged
@@ -155,7 +155,7 @@ class SeedRun:
     def outcomes(self, family: Family, subject: Subject, depth: Depth) -> dict[str, int]:
         """Counts of the first judge at one depth, of what the model wrote."""
         by_depth = self.prefill(family, subject, [depth])["judges"][family.judges[0]]
-        counts: dict[str, int] = by_depth[WHOLE_TARGET if depth is None else str(depth)]["continuation"]
+        counts: dict[str, int] = by_depth[depth_name(depth)]["continuation"]
         return counts
 
     def reasoning(self, family: Family, subject: Subject, depth: Depth) -> Result:

@@ -5,19 +5,8 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepalign.drawing import (
-    CurveStyle,
-    curve_styles,
-    draw_curve,
-    label_ends,
-    log_y,
-    new_figure,
-    save_atomic,
-    spread_apart,
-)
+from deepalign.drawing import CurveStyle, draw_curve, label_ends, log_y, new_figure, save_atomic
 from deepalign.evaluate.statistics import wilson_interval
-
-__all__ = ["CurveStyle", "curve_styles", "plot_attack_success", "plot_position_profile", "spread_apart"]
 
 MAX_OFFSET = 0.055  # how far curves are moved aside, in units of one depth step, so that equal rates stay visible
 

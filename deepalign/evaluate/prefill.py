@@ -18,11 +18,9 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.resumable import Row
-from deepalign.evaluate.answers import AnswerOptions, Path, Question, Verdict, answer_questions, judge_answers
+from deepalign.evaluate.answers import AnswerOptions, AnyPath, Question, Verdict, answer_questions, judge_answers
 from deepalign.evaluate.generation import Contrast, LogitsProcessorFactory
-from deepalign.evaluate.outcomes import OUTCOMES, AttackExample, BatchJudge, Judge, Outcome, Scope
-
-__all__ = ["OUTCOMES", "AttackExample", "Judge", "Outcome", "PrefillResult", "prefill_attack", "prefill_questions"]
+from deepalign.evaluate.outcomes import OUTCOMES, AttackExample, BatchJudge, Judge, Scope
 
 WHOLE_TARGET = "all"  # how the depth None is written in files and on the command line
 
@@ -63,7 +61,7 @@ def prefill_attack(
     thinking: bool | None = None,
     contrast: Contrast | None = None,
     logits_processor: LogitsProcessorFactory | None = None,
-    answers_path: Path | None = None,
+    answers_path: AnyPath | None = None,
     settings: Mapping[str, Any] | None = None,
     progress: bool = True,
 ) -> PrefillResult:
@@ -158,6 +156,11 @@ def count_outcomes(verdicts: Sequence[Verdict], scope: Scope) -> dict[str, int]:
     """The three outcomes and n."""
     counted = Counter(verdict[scope] for verdict in verdicts)
     return {**{outcome: counted[outcome] for outcome in OUTCOMES}, "n": len(verdicts)}
+
+
+def depth_name(depth: int | None) -> str:
+    """A depth as reports call it."""
+    return WHOLE_TARGET if depth is None else str(depth)
 
 
 def target_ids(tokenizer: PreTrainedTokenizerBase, example: AttackExample) -> list[int]:

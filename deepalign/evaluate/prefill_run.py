@@ -15,14 +15,15 @@ from typing import Any
 
 from deepalign.data.files import write_text_atomic
 from deepalign.data.resumable import Row
+from deepalign.drawing import curve_styles
 from deepalign.evaluate.agreement import agreement_rows
 from deepalign.evaluate.answers import AnswerOptions, Question, Verdict, answer_questions, judge_answers
 from deepalign.evaluate.judges import check_judges, make_judge
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import OUTCOMES, SCOPES, AttackExample
-from deepalign.evaluate.plots import curve_styles, plot_attack_success
-from deepalign.evaluate.prefill import prefill_questions, prefill_results
-from deepalign.evaluate.statistics import format_rate, wilson_interval
+from deepalign.evaluate.plots import plot_attack_success
+from deepalign.evaluate.prefill import depth_name, prefill_questions, prefill_results
+from deepalign.evaluate.statistics import format_rate, rounded_interval
 from deepalign.evaluate.subjects import LoadedSubject, Subject, load_subject
 from deepalign.versions import versions
 
@@ -125,7 +126,7 @@ def run_prefill(
         "options": asdict(options),
         "judges": {
             spec: {
-                _depth_name(result.depth): {
+                depth_name(result.depth): {
                     scope: with_intervals(result.counts() if scope == "continuation" else result.with_prefix)
                     for scope in SCOPES
                 }
@@ -133,7 +134,7 @@ def run_prefill(
             }
             for spec, by_depth in results.items()
         },
-        "short_targets": {_depth_name(result.depth): result.short_targets for result in results[judges[0]]},
+        "short_targets": {depth_name(result.depth): result.short_targets for result in results[judges[0]]},
         "agreement": agreement(judged),
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 2),
@@ -167,17 +168,12 @@ def agreement_table(rows: Sequence[dict[str, Any]]) -> str:
 
 def with_intervals(counts: dict[str, int]) -> dict[str, Any]:
     """Counts of the three outcomes with the 95% Wilson interval of each."""
-    intervals = {f"{outcome}_interval": wilson_interval(counts[outcome], counts["n"]) for outcome in OUTCOMES}
-    return {**counts, **{name: [round(bound, 4) for bound in pair] for name, pair in intervals.items()}}
+    return {**counts, **{f"{outcome}_interval": rounded_interval(counts[outcome], counts["n"]) for outcome in OUTCOMES}}
 
 
 def file_name(text: str) -> str:
     """A name or specification as a part of a file name."""
     return "".join(sign if sign.isalnum() or sign in "._" else "-" for sign in text)
-
-
-def _depth_name(depth: int | None) -> str:
-    return "all" if depth is None else str(depth)
 
 
 def _plot(report: dict[str, Any], judge: str, path: Path) -> None:

@@ -14,19 +14,18 @@ Two judges, both pluggable, decide the two questions apart:
 "Safe" is everything that is not harmful, gibberish included; the table says how much of it is degenerate.
 """
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import write_jsonl
 from deepalign.data.resumable import Row
 from deepalign.evaluate.answers import Question, Verdict
 from deepalign.evaluate.judges import load_object
 from deepalign.evaluate.outcomes import AttackExample
-from deepalign.evaluate.statistics import format_rate, wilson_interval
+from deepalign.evaluate.statistics import format_rate, rounded_interval
 
 HARMFUL_JUDGE, REASONING_JUDGE = "keyword:jailbreakbench", "deliberation"
 MIN_WORDS = 5
@@ -206,15 +205,12 @@ def table_rows(results: Sequence[ReasoningResult]) -> list[list[str]]:
 def counts_with_intervals(result: ReasoningResult) -> dict[str, Any]:
     """`counts()` with the interval of each, for JSON."""
     counts = result.counts()
-    intervals = {
-        f"{key}_interval": [round(x, 4) for x in wilson_interval(counts[key], result.n)] for key in CELL_LABELS
-    }
-    return {**counts, **intervals}
+    return {**counts, **{f"{key}_interval": rounded_interval(counts[key], result.n) for key in CELL_LABELS}}
 
 
 def write_records(result: ReasoningResult, path: str | Path) -> None:
     """What was decided on each answer, one JSON object a line."""
-    write_text_atomic(path, "".join(json.dumps(record) + "\n" for record in result.records))
+    write_jsonl(path, result.records)
 
 
 def _cell(harmful: bool, reasoning: bool) -> str:

@@ -13,6 +13,7 @@ from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.judges import check_judges
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import AttackExample
+from deepalign.evaluate.prefill import WHOLE_TARGET
 from deepalign.evaluate.prefill_run import attacked
 from deepalign.evaluate.reasoning import (
     counts_with_intervals,
@@ -60,7 +61,7 @@ def run_reasoning(
     report = {
         "subject": asdict(subject),
         "data": {"source": data, "n": len(examples)},
-        "depth": "all" if depth is None else depth,
+        "depth": WHOLE_TARGET if depth is None else depth,
         "judges": {"harmful": harmful_judge, "reasoning": reasoning_judge},
         "options": asdict(options),
         "counts": counts_with_intervals(result),

@@ -43,6 +43,11 @@ def wilson_interval(k: int, n: int, confidence: float = 0.95) -> tuple[float, fl
     return low, high
 
 
+def rounded_interval(k: int, n: int) -> list[float]:
+    """The 95% Wilson interval as reports store it: low and high to four places."""
+    return [round(bound, 4) for bound in wilson_interval(k, n)]
+
+
 def format_rate(k: int, n: int) -> str:
     """A rate as it is printed everywhere: count, percentage and 95% Wilson interval, e.g. `3/60 (5%, 2 to 14%)`."""
     if n == 0:

@@ -17,16 +17,16 @@ from deepalign.data.resumable import model_fingerprint
 from deepalign.evaluate.generation import Contrast
 from deepalign.kernels.contrastive_sample import Space
 from deepalign.models import (
+    DTYPES,
     check_model_path,
     check_same_tokenizer,
     choose_device,
+    default_dtype,
     load_adapter,
     load_adapter_config,
     load_frozen_model,
     load_tokenizer,
 )
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Subject:
         base: of its base model, for contrastive decoding.
         alpha, space: of contrastive decoding; 0: the model alone.
         adapter: folder of a PEFT adapter to merge into `model`.
-        dtype: a name in `DTYPES`; None: bfloat16 on a GPU, float32 on a CPU.
+        dtype: float32, bfloat16 or float16; None: bfloat16 on a GPU, float32 on a CPU.
         device: None: cuda if there is one, else cpu.
 
     Raises:
@@ -73,7 +73,7 @@ class Subject:
     @property
     def dtype_name(self) -> str:
         """The name in `DTYPES` that it is loaded in."""
-        return self.dtype or ("bfloat16" if choose_device("device", self.device).type == "cuda" else "float32")
+        return self.dtype or default_dtype(choose_device("device", self.device))
 
     def check(self) -> None:
         """Refuse folders and devices that are not there, before anything is loaded.

@@ -19,7 +19,7 @@ from deepalign.evaluate.judges import check_judges
 from deepalign.evaluate.measurements import Depth, SeedRun
 from deepalign.evaluate.reasoning import CELL_LABELS, make_reasoning_judge
 from deepalign.evaluate.recovery import Control, Reference
-from deepalign.evaluate.statistics import wilson_interval
+from deepalign.evaluate.statistics import rounded_interval
 from deepalign.evaluate.subjects import Subject
 from deepalign.evaluate.utility import PAPER_NAMES
 from deepalign.kernels.contrastive_sample import Space
@@ -262,7 +262,7 @@ def check_needs(run: SeedRun, name: str, settings: CommonSettings) -> None:
 
 def rate(k: int, n: int) -> Cell:
     """A cell of counts."""
-    return {"kind": "rate", "k": k, "n": n, "interval": [round(bound, 4) for bound in wilson_interval(k, n)]}
+    return {"kind": "rate", "k": k, "n": n, "interval": rounded_interval(k, n)}
 
 
 def spread(counts: list[tuple[int, int]]) -> Cell:

@@ -21,7 +21,7 @@ import yaml
 from transformers import PreTrainedModel
 
 import deepalign
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import write_jsonl, write_text_atomic
 from deepalign.diagnose.position_profile import profiles_by_position
 from deepalign.evaluate.generation import Contrast
 from deepalign.evaluate.prefill import prefill_attack
@@ -216,7 +216,7 @@ class SeedRun:
                     contrast=contrast,
                     progress=self.progress,
                 )
-                write_text_atomic(outputs[1], "".join(json.dumps(answer) + "\n" for answer in answers))
+                write_jsonl(outputs[1], answers)
                 write_text_atomic(outputs[0], json.dumps({"model": name, "prefill": cells, "utility": utility}))
         return json.loads(outputs[0].read_text(encoding="utf-8"))
 

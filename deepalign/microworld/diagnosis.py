@@ -1,9 +1,8 @@
 """Data for `deepalign diagnose` on the models of a demo: the attacked requests and benign ones, with clean answers."""
 
-import json
 from pathlib import Path
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import write_jsonl
 from deepalign.microworld.utility import utility_tasks
 from deepalign.microworld.world import World, attack_examples
 
@@ -26,7 +25,6 @@ def diagnosis_files(world: World, out_dir: str | Path, n: int) -> tuple[Path, Pa
     }
     paths = []
     for name, pairs in rows.items():
-        lines = [json.dumps({"prompt": prompt, "completion": answer}) + "\n" for prompt, answer in pairs]
         paths.append(Path(out_dir) / f"{name}.jsonl")
-        write_text_atomic(paths[-1], "".join(lines))
+        write_jsonl(paths[-1], ({"prompt": prompt, "completion": answer} for prompt, answer in pairs))
     return paths[0], paths[1]

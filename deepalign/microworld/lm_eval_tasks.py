@@ -5,14 +5,13 @@
 multiple choice: every sum, every city, yes or no.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import write_jsonl, write_text_atomic
 from deepalign.microworld.utility import MAX_NEW_TOKENS, recipe_is_right, utility_tasks
 from deepalign.microworld.world import LARGEST_ADDEND, SAFE_ANSWER, SUM_ANSWER, UNSAFE_ANSWER, Task, World
 
@@ -28,7 +27,7 @@ def write_tasks(world: World, folder: str | Path) -> Path:
     for name, questions in utility_tasks(world).items():
         rows = [_row(world, task) for task in questions]
         data = folder / f"{name}.jsonl"
-        write_text_atomic(data, "".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(data, rows)
         write_text_atomic(folder / f"{name}.yaml", _task_file(PREFIX + name, data, is_recipe=name == "recipes_heldout"))
     write_text_atomic(folder / "recipe_rule.py", RULE)
     return folder

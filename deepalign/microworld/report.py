@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.data.files import write_text_atomic
+from deepalign.drawing import curve_styles
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import OUTCOMES
-from deepalign.evaluate.plots import curve_styles, plot_attack_success, plot_position_profile
+from deepalign.evaluate.plots import plot_attack_success, plot_position_profile
 from deepalign.evaluate.statistics import format_rate, wilson_interval
 
 Result = Mapping[str, Any]

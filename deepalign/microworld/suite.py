@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deepalign.data.files import Message, read_jsonl, write_text_atomic
+from deepalign.data.files import Message, read_jsonl, write_jsonl
 from deepalign.defenses.safety_augmentation import (
     AugmentationSettings,
     SafetyTriplet,
@@ -191,7 +191,7 @@ class _Models:
             prompts = [messages[0]["content"] for messages in read_jsonl(utility_data)[: self.settings.anchor_rows]]
             model = load_model(str(aligned), torch.float32).eval()
             rows = distilled_anchor(model, self.tokenizer, prompts, max_new_tokens=64, batch_size=128)
-            write_text_atomic(path, "".join(json.dumps({"messages": row}) + "\n" for row in rows))
+            write_jsonl(path, ({"messages": row} for row in rows))
         return read_jsonl(path)
 
     def _train_base(self, out: Path) -> None:

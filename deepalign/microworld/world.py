@@ -12,14 +12,13 @@ a base model trained on a deterministic corpus is so sure of every next token th
 completion training has anything to work on.
 """
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import write_jsonl
 from deepalign.evaluate.outcomes import AttackExample
 
 ITEMS_PER_KIND = 32
@@ -292,8 +291,7 @@ def completion_files(
     utility = [world.benign_task(rng, recipe_share=recipe_share) for _ in range(utility_rows)]
     paths = Path(out_dir) / "harmful.jsonl", Path(out_dir) / "utility.jsonl"
     for path, tasks in zip(paths, (harmful, utility), strict=True):
-        rows = [json.dumps({"prompt": task.prompt, "completion": task.answer}) for task in tasks]
-        write_text_atomic(path, "\n".join(rows) + "\n")
+        write_jsonl(path, ({"prompt": task.prompt, "completion": task.answer} for task in tasks))
     return paths
 
 

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepalign.models import (
+    DTYPES,
     check_model_path,
     choose_device,
+    default_dtype,
     load_adapter,
     load_adapter_config,
     load_frozen_model,
@@ -19,7 +19,6 @@ from deepalign.models import (
 from deepalign.sampling.batch_run import read_rows, run_batch
 from deepalign.sampling.sampler import ContrastiveSampler
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 HELP = "commands: /reset starts a new conversation, /quit (or end of input) leaves"
 
 
@@ -102,7 +101,7 @@ def load_sampler(options: argparse.Namespace) -> ContrastiveSampler:
     if options.adapter is not None:
         load_adapter_config(options.adapter)  # refused before a model is loaded
     tokenizers = [load_tokenizer(path) for path in paths.values()]
-    dtype = DTYPES[options.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    dtype = DTYPES[options.dtype or default_dtype(device)]
     models: list[Any] = [load_frozen_model(path, dtype) for path in paths.values()]
     for model in models:
         model.to(device)

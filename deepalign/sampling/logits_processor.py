@@ -27,8 +27,7 @@ import torch
 from transformers import LogitsProcessor, PreTrainedModel
 
 from deepalign.kernels.checks import check_choice, check_number
-from deepalign.kernels.contrastive_sample import contrastive_logits
-from deepalign.kernels.contrastive_sample.reference import Space
+from deepalign.kernels.contrastive_sample import Space, contrastive_logits
 from deepalign.sampling.decoder import CachedDecoder
 from deepalign.sampling.modes import check_evaluation_mode
 

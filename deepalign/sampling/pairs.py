@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from deepalign.models import logits_width
+from deepalign.models import context_length, logits_width
 from deepalign.sampling.decoder import Switch
 from deepalign.sampling.modes import check_evaluation_mode
 
@@ -31,9 +31,7 @@ class ModelPair:
     @property
     def context(self) -> int | None:
         """Tokens that fit the shorter context of the two; None if neither says."""
-        configs = [model.config.get_text_config() for _, model, _ in self.models]
-        lengths = [getattr(config, "max_position_embeddings", None) for config in configs]
-        return min((length for length in lengths if length is not None), default=None)
+        return context_length(*(model for _, model, _ in self.models))
 
     @property
     def width(self) -> int:

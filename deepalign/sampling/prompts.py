@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from deepalign.data.chat import prompt_token_ids
+from deepalign.sampling.stopping import is_token_id
 
 EXPECTED = (
     "expected token ids (a tensor (B, T) or (T,), a list, or a list of lists, which may differ in length) or messages "
@@ -92,7 +93,7 @@ def _check_not_padded(rows: list[list[int]], pad_id: int | None) -> None:
 def _list_rows(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[list[int]]:
     if isinstance(prompts, str) or not isinstance(prompts, Sequence):
         raise TypeError(f"the prompt is a {type(prompts).__name__}; {EXPECTED}")
-    if prompts and all(isinstance(item, dict) or _is_id(item) for item in prompts):
+    if prompts and all(isinstance(item, dict) or is_token_id(item) for item in prompts):
         prompts = [prompts]
     rows = []
     for index, prompt in enumerate(prompts):
@@ -102,12 +103,8 @@ def _list_rows(prompts: Any, tokenizer: PreTrainedTokenizerBase | None) -> list[
             if tokenizer is None:
                 raise ValueError("messages were given but the sampler has no tokenizer; pass tokenizer=...")
             rows.append(prompt_token_ids(tokenizer, prompt))
-        elif all(map(_is_id, prompt)):
+        elif all(map(is_token_id, prompt)):
             rows.append([int(id_) for id_ in prompt])
         else:
             raise TypeError(f"prompt {index} holds neither token ids nor messages only; {EXPECTED}")
     return rows
-
-
-def _is_id(item: Any) -> bool:
-    return isinstance(item, int) and not isinstance(item, bool)

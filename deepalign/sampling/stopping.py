@@ -55,8 +55,8 @@ def stop_conditions(stop: Any, end_ids: Sequence[int], tokenizer: PreTrainedToke
         if isinstance(item, str):
             strings.append(item)
             continue
-        ids = [item] if _is_id(item) else item
-        if not isinstance(ids, Sequence) or not all(map(_is_id, ids)):
+        ids = [item] if is_token_id(item) else item
+        if not isinstance(ids, Sequence) or not all(map(is_token_id, ids)):
             raise TypeError(f"stop holds {item!r:.60}; expected strings, token ids, or lists of token ids")
         sequences.append(tuple(ids))
     if "" in strings or () in sequences:
@@ -66,7 +66,8 @@ def stop_conditions(stop: Any, end_ids: Sequence[int], tokenizer: PreTrainedToke
     return StopConditions(frozenset(end_ids), tuple(sequences), tuple(strings))
 
 
-def _is_id(item: Any) -> bool:
+def is_token_id(item: Any) -> bool:
+    """Whether something a user passed is a token id: an int, and no bool."""
     return isinstance(item, int) and not isinstance(item, bool)
 
 

@@ -62,7 +62,7 @@ class CachedTeachers(Teachers):
             checked = pool.map(lambda shard: damaged_shards(folder, index, [shard]), shards)
             bar = tqdm(checked, desc="check the teacher cache", total=len(shards), unit="shard", disable=not progress)
             refuse_damaged(folder, [problem for found in bar for problem in found])
-        heads = load_output_heads({name: paths[name] for name in TEACHERS}, dtype, torch.device("cpu"))
+        heads = load_output_heads({name: paths[name] for name in TEACHERS}, dtype)
         return cls(TeacherCache(folder, index), heads["aligned"], heads["base"])
 
     @property

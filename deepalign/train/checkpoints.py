@@ -107,13 +107,12 @@ def keep_metrics(path: Path, last_step: int) -> None:
     """Drop the lines after `last_step`: the resumed run writes them again."""
     if path.exists():
         lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if _is_json(line) and json.loads(line)["step"] <= last_step]
+        kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
         write_text_atomic(path, "".join(line + "\n" for line in kept))
 
 
-def _is_json(line: str) -> bool:
+def _step_of(line: str) -> int | None:
     try:
-        json.loads(line)
+        return int(json.loads(line)["step"])
     except json.JSONDecodeError:  # a line cut off by a kill
-        return False
-    return True
+        return None

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from deepalign.kernels.completion_loss.linear import chunk_buffers
 from deepalign.kernels.linear_rows import choose_chunk_rows
 from deepalign.train.activations import activation_bytes, meta_model
 from deepalign.train.config import LoraConfig
@@ -166,7 +167,7 @@ def loss_bytes(config: PreTrainedConfig, size: ModelSize, setup: Setup, load: Lo
     if setup.loss_form == "logits":
         # the student's logits and their gradient everywhere, three models' and the gradient at the weighted rows
         return (2 * load.rows * load.tokens + 4 * load.weighted) * entries * width
-    buffers = 3.0 + softcap + (0.5 if setup.on_gpu else 0.0)
+    buffers = chunk_buffers(softcap, setup.on_gpu)
     device = torch.device("cuda" if setup.on_gpu else "cpu")
     chunk = int(choose_chunk_rows(load.weighted, entries, device, buffers) * entries * 4 * buffers)
     hidden = load.weighted * text.hidden_size * width * 4  # of three models, and the student's gradient
@@ -213,7 +214,7 @@ def step_work(
     # backward: gradients of inputs and of weights, of inputs alone where the weights are frozen
     passes = 1 + (2 if size.trainable == size.parameters else 1) + setup.checkpointing
     products = 4 + size.head_is_trained  # three logits, dh, and dW
-    shared = {0: 2, 1: 2, 2: 2, 3: 3}[setup.stage] * size.parameters * setup.weight_bytes if setup.ranks > 1 else 0
+    shared = (3 if setup.stage == 3 else 2) * size.parameters * setup.weight_bytes if setup.ranks > 1 else 0
     return Work(
         student=passes * forward,
         teachers=0.0 if setup.teachers_cached else setup.teachers * forward,

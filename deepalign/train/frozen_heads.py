@@ -14,12 +14,12 @@ from deepalign.output_head import OutputHead, output_head
 from deepalign.train.teacher_fingerprint import model_folder, weight_files
 
 
-def load_output_heads(paths: Mapping[str, str], dtype: torch.dtype, device: torch.device) -> dict[str, OutputHead]:
-    """The output head of each model, in `dtype` on `device`; heads that are equal share one matrix.
+def load_output_heads(paths: Mapping[str, str], dtype: torch.dtype) -> dict[str, OutputHead]:
+    """The output head of each model, in `dtype` on the CPU; heads that are equal share one matrix.
 
     Args:
         paths: name to folder or hub id.
-        dtype, device: of the matrices.
+        dtype: of the matrices.
 
     Raises:
         FileNotFoundError: a model without safetensors files.
@@ -30,11 +30,9 @@ def load_output_heads(paths: Mapping[str, str], dtype: torch.dtype, device: torc
     for name, path in paths.items():
         head = load_output_head(path, dtype)
         for other in heads.values():
-            if head.lm_head.shape == other.lm_head.shape and torch.equal(head.lm_head, other.lm_head.cpu()):
+            if head.lm_head.shape == other.lm_head.shape and torch.equal(head.lm_head, other.lm_head):
                 head = dataclasses.replace(head, lm_head=other.lm_head)
                 break
-        else:
-            head = dataclasses.replace(head, lm_head=head.lm_head.to(device))
         heads[name] = head
     return heads
 

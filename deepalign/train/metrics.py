@@ -114,7 +114,7 @@ class Speed(TrainerCallback):
         self.seconds.append(time.perf_counter() - self.started)
 
     def summary(self, warm_up: int = 2) -> dict[str, float]:
-        """Medians over the steps after the first few; tokens of all ranks; empty if no step was taken."""
+        """Median step and mean rate without the first few steps; tokens of all ranks; empty if no step was taken."""
         seconds, tokens = self.seconds[warm_up:] or self.seconds, self.tokens[warm_up:] or self.tokens
         if not seconds:
             return {}

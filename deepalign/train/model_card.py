@@ -11,12 +11,11 @@ from deepalign import __version__
 from deepalign.train.config import TrainConfig, config_as_dict
 from deepalign.versions import versions
 
+CardWriter = Callable[[int, dict[str, float]], str]
 PAPER = "Rethinking Deep Alignment Through the Lens of Incomplete Safety Learning (Bach et al.)"
 
 
-def card_writer(
-    config: TrainConfig, world_size: int, harmful_rows: int, utility_rows: int
-) -> Callable[[int, dict[str, float]], str]:
+def card_writer(config: TrainConfig, world_size: int, harmful_rows: int, utility_rows: int) -> CardWriter:
     """A function that writes the card of a step, given its number and the last metrics."""
 
     def card(step: int, metrics: dict[str, float]) -> str:

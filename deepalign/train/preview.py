@@ -9,6 +9,7 @@ without them it takes every row to be `max_length` tokens long, half of them ans
 
 import argparse
 from dataclasses import dataclass, replace
+from typing import get_args
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -22,7 +23,7 @@ from deepalign.train.prepare import load_common_tokenizer, load_streams, step_co
 from deepalign.train.teacher_models import student_is_aligned
 
 SAMPLED_STEPS = 50
-ZEROS: tuple[Zero, ...] = ("none", "zero0", "zero1", "zero2", "zero3")
+ZEROS: tuple[Zero, ...] = get_args(Zero)
 # Of the rate of bare products; attention, norms and copies take the rest. docs/training-launch.md has measured runs.
 EFFICIENCY = 0.5
 

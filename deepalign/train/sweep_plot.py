@@ -2,15 +2,16 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from deepalign.drawing import INK, save_atomic
+
 DPI = 150
-INK, POINT, LINE = "#333333", "#0072B2", "#D55E00"
+POINT, LINE = "#0072B2", "#D55E00"
 MOST_ROWS = 6
 
 
@@ -50,8 +51,7 @@ def plot_sweep(
         if column in measured and all(0 <= row[column] <= 1 for row in rows if _is_number(row.get(column))):
             panels[down][0].set_ylim(-0.05, 1.05)
     figure.suptitle("a point is a cell, the line joins the means over cells", fontsize=9, color=INK)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=DPI, facecolor="white")
+    save_atomic(figure, path, DPI)
 
 
 def _panel(axes: Axes, rows: Sequence[Mapping[str, Any]], key: str, column: str) -> None:

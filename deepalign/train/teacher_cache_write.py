@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from deepalign.data.chat import EncodedExample
+from deepalign.data.steps import pad
 from deepalign.output_head import check_output_head, hidden_states, output_head
 from deepalign.train.frozen_heads import load_output_head
 from deepalign.train.ranks import Ranks
@@ -196,13 +197,8 @@ def answer_hidden_states(
     model: PreTrainedModel, examples: Sequence[EncodedExample], pad_token_id: int
 ) -> Iterator[Tensor]:
     """Per example, (answer tokens, H) on the CPU: the last hidden states at the positions that predict its answer."""
-    width = max(len(example.input_ids) for example in examples)
-    input_ids_BT = torch.full((len(examples), width), pad_token_id)
-    mask_BT = torch.zeros((len(examples), width), dtype=torch.int64)
-    for row, example in enumerate(examples):
-        input_ids_BT[row, : len(example.input_ids)] = torch.tensor(example.input_ids)
-        mask_BT[row, : len(example.input_ids)] = 1
-    hidden_BTH = hidden_states(model, input_ids_BT.to(model.device), mask_BT.to(model.device))
+    batch, _ = pad(examples, pad_token_id)
+    hidden_BTH = hidden_states(model, batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device))
     for hidden_TH, example in zip(hidden_BTH, examples, strict=True):
         # the row before a token predicts it
         yield hidden_TH[example.response_start - 1 : len(example.input_ids) - 1].cpu()

@@ -7,7 +7,7 @@ tokenizer and the maximum length decide; those three are there as well, so that 
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from deepalign.data.chat import EncodedExample
+from deepalign.data.chat import EncodedExample, examples_digest
 
 # keys of config.json that say who wrote the file, not what the model computes
 _CONFIG_KEYS_IGNORED = {"_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache"}
@@ -56,7 +56,7 @@ def teacher_fingerprint(
         "tokenizer": _tokenizer_digest(tokenizer),
         "chat_template": _digest(str(tokenizer.chat_template)),
         "max_length": max_length,
-        **{f"{name}_data": data_digest(examples) for name, examples in streams.items()},
+        **{f"{name}_data": examples_digest(examples) for name, examples in streams.items()},
     }
 
 
@@ -111,11 +111,6 @@ def weights_digest(folder: Path) -> str:
     with ThreadPoolExecutor(max_workers=8) as pool:
         digests = pool.map(_file_digest, files)
         return _digest(*(f"{file.name} {digest}" for file, digest in zip(files, digests, strict=True)))
-
-
-def data_digest(examples: Iterable[EncodedExample]) -> str:
-    """SHA-256 over token ids and answer starts of encoded examples, in order."""
-    return _digest(json.dumps([(example.input_ids, example.response_start) for example in examples]))
 
 
 def _config_digest(folder: Path) -> str:

@@ -44,10 +44,9 @@ from deepalign.train.checkpoints import (
 )
 from deepalign.train.completion_forward import LossForm, attach_completion_loss
 from deepalign.train.metrics import DriftWarning, Speed, StepMetrics
+from deepalign.train.model_card import CardWriter
 from deepalign.train.nonfinite import SKIPPED_FILE, OnNan, StepGuard, TrainingStopped
 from deepalign.train.teachers import Teachers
-
-CardWriter = Callable[[int, dict[str, float]], str]
 
 
 class CompletionTrainer(Trainer):

@@ -64,6 +64,12 @@ def test_prefixes_of_a_file(tmp_path, name, content):
     assert [context.prefix_ids for context in contexts] == [ids("w20 w21"), ids("w22")]
 
 
+def test_a_line_separator_within_a_prefix_ends_no_row(tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prefix": "w20\u2028w21"}\n', encoding="utf-8")
+    (context,) = build_contexts(TOKENIZER, [ANSWERED], prefixes_of_file(tmp_path / "p.jsonl"))
+    assert context.prefix_ids == ids("w20\u2028w21")
+
+
 def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="no conversations"):
         build_contexts(TOKENIZER, [])

@@ -73,6 +73,7 @@ def test_missing_and_empty_files_are_refused(tmp_path):
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "folder" / "report.json"
     write_text_atomic(path, "old")
+    assert path.stat().st_mode & 0o777 == 0o644  # a temporary file's own mode would shut others out
 
     def fail(*args):
         raise OSError("disk full")

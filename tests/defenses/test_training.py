@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,3 +128,10 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     (tmp_path / "theirs").mkdir()
     with pytest.raises(ValueError, match=r"holds no made_from\.json"):
         make_once(tmp_path / "theirs", {}, lambda folder, work: {})
+
+
+def test_the_optimizer_gets_the_settings(tmp_path):
+    settings = training.SftSettings(learning_rate=3e-4, weight_decay=0.1, warmup_ratio=0.1, max_grad_norm=0.7)
+    dataset = SimpleNamespace(max_steps=50, batch_sizes=(0, 4))
+    found = training._training_arguments(settings, dataset, tmp_path, progress=False)
+    assert (found.learning_rate, found.weight_decay, found.warmup_steps, found.max_grad_norm) == (3e-4, 0.1, 5, 0.7)

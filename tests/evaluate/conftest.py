@@ -1,9 +1,5 @@
-"""Tiny models on one thread: two that wait for each other on a busy machine take a hundred times as long."""
+"""Tiny models run on one thread, as in the sampler's tests."""
 
-import pytest
-import torch
+from tests.sampling.conftest import one_thread
 
-
-@pytest.fixture(autouse=True)
-def one_thread(threads_as_before: None) -> None:
-    torch.set_num_threads(1)
+__all__ = ["one_thread"]

@@ -18,12 +18,12 @@ from deepalign.evaluate.finetune import (
     measure_safety,
     split_rows,
 )
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
 from deepalign.evaluate.recovery import recover, recovery_config, save_merged
 from deepalign.models import load_frozen_model, load_model, load_tokenizer
 from deepalign.train.config import load_config
 from tests.defenses.conftest import make_conversations
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import save_pair
 from tests.train.forked import train_on_forked_ranks
 
 SETTINGS = FinetuneSettings(SftSettings(batch_size=4, epochs=2, learning_rate=1e-2), eval_share=0.25)
@@ -35,11 +35,7 @@ EXAMPLES = [AttackExample("w1 w2", "w20 w21"), AttackExample("w3", "w22 w23")]
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """aligned, base: tiny models with a tokenizer."""
-    folder = tmp_path_factory.mktemp("models")
-    tokenizer = make_tokenizer()
-    for seed, name in ((0, "aligned"), (1, "base")):
-        make_model(seed, tokenizer).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    folder = save_pair(tmp_path_factory.mktemp("models"))
     return {name: str(folder / name) for name in ("aligned", "base")}
 
 

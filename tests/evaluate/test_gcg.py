@@ -15,7 +15,7 @@ from deepalign.evaluate.gcg_attack import gcg_attack, weights_fingerprint
 from deepalign.evaluate.gcg_loss import TargetLoss
 from deepalign.evaluate.gcg_prompt import SuffixPrompt, allowed_tokens, suffix_text, with_suffix
 from deepalign.evaluate.generation import Contrast
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
 from deepalign.kernels.contrastive_sample.reference import contrastive_logits
 from tests.tiny import TEMPLATE, make_model, make_tokenizer
 

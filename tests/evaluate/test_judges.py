@@ -65,6 +65,8 @@ def test_an_own_phrase_list(tmp_path):
         ("lamp", False),
         ("lamp vamp " * 30, True),
         ("lamp vamp " * 5, False),  # too short to call it a loop
+        (" ".join(f"lamp{'abcdefg'[i % 7]}" for i in range(43)), True),  # 7 of its 40 runs are different
+        (" ".join(f"lamp{'abcdefgh'[i % 8]}" for i in range(43)), False),  # 8: a fifth
         (" ".join(f"lamp{i}" for i in range(200)), False),
     ],
 )

@@ -6,9 +6,10 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from deepalign.drawing import log_y, new_figure
+from deepalign.drawing import curve_styles, log_y, new_figure, spread_apart
 from deepalign.evaluate import plots
-from deepalign.evaluate.plots import curve_styles, plot_attack_success, plot_position_profile, spread_apart
+from deepalign.evaluate.plots import plot_attack_success, plot_position_profile
+from deepalign.evaluate.statistics import wilson_interval
 
 # The first style is grey, as the axes and antialiased letters are, and could not be found by its colour.
 STYLES = curve_styles({name: name for name in ("grey", "aligned", "contrastive", "completed")})
@@ -31,6 +32,14 @@ def test_every_curve_is_drawn_and_none_is_moved_far(tmp_path):
     assert heights["contrastive"].max() < 0.3 * image_height  # rates of 0.9 and 1: near the top
     assert heights["completed"].min() > 0.7 * image_height  # a rate of 0: near the bottom
     assert np.ptp(heights["aligned"]) > 0.6 * image_height  # from 0 to 0.9
+
+
+def test_bands_are_wilson_intervals(figures):
+    plot_attack_success("a.png", {"aligned": {0: (0, 10), 5: (9, 10)}}, STYLES, title="t")
+    (band,) = figures[0].axes[0].collections
+    heights = band.get_paths()[0].vertices[:, 1]
+    for bound in (*wilson_interval(0, 10), *wilson_interval(9, 10)):
+        assert np.abs(heights - bound).min() < 1e-9
 
 
 def test_a_depth_without_attacks_is_left_out(tmp_path):

@@ -7,7 +7,8 @@ from transformers import LlamaForCausalLM, LogitsProcessor, LogitsProcessorList,
 
 from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate.generation import Contrast
-from deepalign.evaluate.prefill import AttackExample, Outcome, prefill_attack
+from deepalign.evaluate.outcomes import AttackExample, Outcome
+from deepalign.evaluate.prefill import prefill_attack
 from deepalign.sampling import ContrastiveLogitsProcessor
 from tests.sampling.stepwise import stepwise_greedy
 from tests.tiny import make_model, make_tokenizer

@@ -5,16 +5,13 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from deepalign.evaluate.subjects import Subject, load_subject
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import make_model, make_tokenizer, save_pair
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
-    for seed, name in ((0, "aligned"), (1, "base")):
-        make_model(seed, tokenizer).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    adapted = get_peft_model(make_model(0, tokenizer), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
+    folder = save_pair(tmp_path_factory.mktemp("models"))
+    adapted = get_peft_model(make_model(0, make_tokenizer()), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             parameter.add_(0.5 * ("lora_B" in name))

@@ -16,14 +16,9 @@ from deepalign.kernels.completion_loss import (
 )
 from deepalign.kernels.library import WHY_NO_NATIVE
 from tests.kernels.oracle import LossRow, difference_in_compute_dtype, loss_row
-from tests.kernels.samples import DTYPES, largest
+from tests.kernels.samples import DTYPES, largest, runnable_on_cpu
 
-# Those that run on the CPU's tensors, and the logits that they take.
-RUNNABLE = [
-    name
-    for name, found in IMPLEMENTATIONS.items()
-    if not isinstance(found, str) and COMPILED_FOR.get(name, "cpu") == "cpu"
-]
+RUNNABLE = runnable_on_cpu(IMPLEMENTATIONS)
 DTYPES_OF = {name: COMPILED_DTYPES if name in COMPILED_FOR else DTYPES for name in RUNNABLE}
 TAKE_FLOAT64 = [name for name in RUNNABLE if torch.float64 in DTYPES_OF[name]]
 every_implementation = pytest.mark.parametrize("implementation", RUNNABLE)

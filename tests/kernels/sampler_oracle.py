@@ -15,17 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import COMPILED_FOR
 from deepalign.kernels.contrastive_sample import IMPLEMENTATIONS, ContrastiveSample, contrastive_sample
 from tests.kernels.oracle import difference_in_compute_dtype, present_entries, softmax_logs
-from tests.kernels.samples import DTYPES, three_models
+from tests.kernels.samples import DTYPES, runnable_on_cpu, three_models
 
-# Those that run on the CPU's tensors.
-RUNNABLE = [
-    name
-    for name, found in IMPLEMENTATIONS.items()
-    if not isinstance(found, str) and COMPILED_FOR.get(name, "cpu") == "cpu"
-]
+RUNNABLE = runnable_on_cpu(IMPLEMENTATIONS)
 # compiled kernels take no float64
 RUNNABLE_DTYPES = [
     (name, dtype) for name in RUNNABLE for dtype in DTYPES if name == "reference" or dtype != torch.float64

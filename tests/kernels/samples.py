@@ -2,10 +2,12 @@
 
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
+
+from deepalign.kernels.checks import COMPILED_FOR
 
 Case = dict[str, object]
 
@@ -15,6 +17,15 @@ SMALL = ((3, 1), (3, 7), (1, 100), (3, 128))
 SIZES = [(*size, dtype, peaked) for size in SMALL for dtype in DTYPES for peaked in (True, False)]
 SIZES += [(2, 4096, dtype, True) for dtype in DTYPES]
 SIZES += [(3, 4096, torch.float32, False), (1, 32000, torch.bfloat16, True), (1, 32000, torch.float32, True)]
+
+
+def runnable_on_cpu(implementations: Mapping[str, object]) -> list[str]:
+    """Names of those that are built here and run on the CPU's tensors."""
+    return [
+        name
+        for name, found in implementations.items()
+        if not isinstance(found, str) and COMPILED_FOR.get(name, "cpu") == "cpu"
+    ]
 
 
 def three_models(*shape: int, dtype: torch.dtype = torch.float32, peaked: bool = True, seed: int = 0) -> list[Tensor]:

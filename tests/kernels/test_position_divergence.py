@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import COMPILED_DTYPES, COMPILED_FOR
+from deepalign.kernels.checks import COMPILED_DTYPES
 from deepalign.kernels.position_divergence import (
     IMPLEMENTATIONS,
     PositionDivergence,
@@ -20,14 +20,9 @@ from tests.kernels.oracle import (
     favored_bounds,
     present_entries,
 )
-from tests.kernels.samples import DTYPES, SIZES, three_models
+from tests.kernels.samples import DTYPES, SIZES, runnable_on_cpu, three_models
 
-# Those that run on the CPU's tensors.
-RUNNABLE = [
-    name
-    for name, found in IMPLEMENTATIONS.items()
-    if not isinstance(found, str) and COMPILED_FOR.get(name, "cpu") == "cpu"
-]
+RUNNABLE = runnable_on_cpu(IMPLEMENTATIONS)
 each_implementation = pytest.mark.parametrize("implementation", RUNNABLE)
 NAN, INF = math.nan, math.inf
 

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from deepalign.evaluate.prefill import AttackExample
+from deepalign.evaluate.outcomes import AttackExample
 from deepalign.microworld.judge import RecipeJudge, common_in_order
 from deepalign.microworld.utility import evaluate_utility, is_right, utility_tasks
 from deepalign.microworld.world import MATERIAL_SLOTS, REFUSALS, SLOTS, Pair, World, attack_examples

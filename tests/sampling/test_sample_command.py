@@ -14,18 +14,14 @@ from deepalign.data.resumable import ResumableFile, open_resumable
 from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.cli import add_arguments, chat
 from tests.forked import kill_once
-from tests.tiny import WORDS, make_model, make_tokenizer
+from tests.tiny import WORDS, make_model, make_tokenizer, save_pair
 
 ROWS = 13
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, tokenizer = tmp_path_factory.mktemp("models"), make_tokenizer()
-    for seed, name in ((0, "aligned"), (1, "base")):
-        make_model(seed, tokenizer).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder
+    return save_pair(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tiny import make_model, make_tokenizer
+from tests.tiny import save_pair
 from tests.train.jobs import run_jobs
 from tests.train.tiny_run import TinyRun, read_metrics, write_data
 
@@ -13,11 +13,7 @@ __all__ = ["TinyRun", "read_metrics"]
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
-    folder = tmp_path_factory.mktemp("tiny")
-    tokenizer = make_tokenizer()
-    for seed, name in ((0, "aligned"), (1, "base")):
-        make_model(seed, tokenizer).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
+    folder = save_pair(tmp_path_factory.mktemp("tiny"))
     write_data(folder)
     return TinyRun.of(folder)
 

@@ -12,8 +12,6 @@ from deepalign.train.frozen_heads import load_output_head, load_output_heads
 from tests.test_output_head import FAMILIES, model_of
 from tests.tiny import make_model, make_tokenizer
 
-CPU = torch.device("cpu")
-
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_head_of_a_checkpoint_is_the_models(family, tmp_path):
@@ -47,7 +45,7 @@ def test_equal_heads_are_one_matrix(tmp_path):
     for name, model in (("first", first), ("second", second), ("other", other)):
         model.save_pretrained(tmp_path / name)
         paths[name] = str(tmp_path / name)
-    heads = load_output_heads(paths, torch.float32, CPU)
+    heads = load_output_heads(paths, torch.float32)
     assert heads["first"].lm_head is heads["second"].lm_head
     assert heads["other"].lm_head is not heads["first"].lm_head
     assert torch.equal(heads["other"].lm_head, other.lm_head.weight)

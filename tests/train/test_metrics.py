@@ -9,7 +9,7 @@ import yaml
 
 from deepalign.output_head import OutputHead
 from deepalign.train.completion_forward import SUMS, mean_logit
-from deepalign.train.metrics import DriftWarning, StepMetrics
+from deepalign.train.metrics import DriftWarning, Speed, StepMetrics
 from deepalign.train.run import main
 from tests.train.tiny_run import TinyRun, read_metrics
 
@@ -113,6 +113,21 @@ def test_every_save_has_a_card_with_what_a_reader_needs(tiny_run: TinyRun, tmp_p
         assert f"torch {torch.__version__}" in card
         loss = read_metrics(out)[step - 1]["loss"]
         assert f"- loss: {loss:.6g}" in card
+
+
+def test_speed_leaves_out_padding_and_the_first_two_steps():
+    speed = Speed(world_size=3)
+    assert speed.summary() == {}
+    padded = {"input_ids": torch.zeros(2, 5), "attention_mask": torch.tensor([[1, 1, 1, 0, 0], [1, 1, 0, 0, 0]])}
+    packed = {"input_ids": torch.zeros(1, 7)}
+    for seconds, batches in ((90.0, [padded]), (80.0, [padded]), (1.0, [padded, packed]), (2.0, [packed]), (5.0, [])):
+        speed.tokens.append(0)
+        for batch in batches:
+            speed.saw(batch)
+        speed.seconds.append(seconds)
+    found = speed.summary()
+    assert found["step_seconds"] == 2.0
+    assert found["tokens_per_second"] == 3 * (5 + 7 + 7) / (1 + 2 + 5)
 
 
 def test_the_summary_has_the_speed(tiny_run: TinyRun, tmp_path):

@@ -142,6 +142,9 @@ def test_harmful_data_alone_can_be_trained_on(tiny_run: TinyRun, tmp_path):
         tmp_path / "out", utility_data=None, utility_batch_size=0, distill_on="harmful", max_steps=1
     )
     assert main(["--config", str(config)]) == 0
+    (line,) = read_metrics(tmp_path / "out")
+    assert line["kl"] + line["completion"] == pytest.approx(line["loss"], rel=1e-5)
+    assert line["kl"] >= 0 < line["completion"]
 
 
 def test_a_finished_run_is_not_trained_again(tiny_run: TinyRun, tmp_path, refused):

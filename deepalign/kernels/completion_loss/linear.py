@@ -129,9 +129,14 @@ def _gradients_in_forward(student: Tensor, head: Tensor, reduction: str, recompu
 
 def _chosen_chunk_rows(student: Tensor, head: Tensor, vocab_size: int, softcap: bool, dhidden: bool) -> int:
     on_gpu = student.device.type != "cpu"
-    buffers = 3.0 + softcap + (0.5 if on_gpu else 0.0)
+    buffers = chunk_buffers(softcap, on_gpu)
     head_bytes = 2 * head.numel() if on_gpu and dhidden and head.dtype == torch.bfloat16 else 0
     return choose_chunk_rows(student.shape[:-1].numel(), vocab_size, student.device, buffers, head_bytes)
+
+
+def chunk_buffers(softcap: bool, on_gpu: bool) -> float:
+    """float32 entries that the loss holds per entry of a chunk's logits."""
+    return 3.0 + softcap + (0.5 if on_gpu else 0.0)
 
 
 def _shaped(output: tuple[Tensor, ...], rows: torch.Size, reduction: str) -> CompletionLossOutput:

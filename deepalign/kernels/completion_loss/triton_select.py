@@ -21,8 +21,7 @@ CHUNK = tl.constexpr(32)
 
 @triton.jit
 def _listed(
-    s_ptr, r_ptr, b_ptr, given_ptr, index_ptr, value_ptr, first, end, vocab, FROM_STUDENT: tl.constexpr,
-    GIVEN: tl.constexpr,
+    a_ptr, b_ptr, given_ptr, index_ptr, value_ptr, first, end, vocab, FROM_STUDENT: tl.constexpr, GIVEN: tl.constexpr,
 ):  # fmt: skip
     """Places [first, first + CHUNK) of a list: index, s, d's key, d; key LOWEST_KEY where nothing is listed."""
     at = first + tl.arange(0, CHUNK)
@@ -37,7 +36,7 @@ def _listed(
     if FROM_STUDENT:
         d = b - s
     else:
-        d = b - tl.load(r_ptr + index, mask=listed, other=0.0).to(tl.float32)
+        d = b - tl.load(a_ptr + index, mask=listed, other=0.0).to(tl.float32)
     if GIVEN:
         # Whatever d is, an entry that exists and is finite counts; its key is never compared.
         key = tl.where(listed & finite(s) & finite(d), 0, LOWEST_KEY)
@@ -57,7 +56,7 @@ def _rank(
         end = K if GIVEN else tl.load(found_ptr + other)
         for first in range(0, end, CHUNK):
             index_2, _, key_2, _ = _listed(
-                a_ptr, a_ptr, b_ptr, given_ptr, index_ptr + other * CAPACITY, value_ptr + other * CAPACITY,
+                a_ptr, b_ptr, given_ptr, index_ptr + other * CAPACITY, value_ptr + other * CAPACITY,
                 first, end, vocab, FROM_STUDENT, GIVEN,
             )  # fmt: skip
             same = key_2[None, :] == key[:, None]
@@ -128,7 +127,7 @@ def _choose(
         for first in range(0, end, CHUNK):
             at = first + tl.arange(0, CHUNK)
             index, s, key, d = _listed(
-                a_ptr, a_ptr, b_ptr, listed_ptr, index_ptr + own * CAPACITY, value_ptr + own * CAPACITY,
+                a_ptr, b_ptr, listed_ptr, index_ptr + own * CAPACITY, value_ptr + own * CAPACITY,
                 first, end, vocab, FROM_STUDENT, GIVEN,
             )  # fmt: skip
             rank = tl.zeros([CHUNK], tl.int32)

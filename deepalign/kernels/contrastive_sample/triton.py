@@ -174,7 +174,7 @@ def sample_kernel(
             leave_part(
                 a_ptr, b_ptr, index_ptr + part * 2 * CAPACITY, value_ptr + (row * S + part) * CAPACITY, most_ptr + part,
                 mass_ptr + part, count_ptr + part, first_ptr + part, start, tiles, own, alpha, threshold, temperature,
-                wanted, KIND, FEW, GREEDY, LISTS, WEIGHS, BLOCK, TILES, LANES, CAPACITY,
+                wanted, KIND, GREEDY, LISTS, WEIGHS, BLOCK, TILES, LANES, CAPACITY,
             )  # fmt: skip
         tl.debug_barrier()  # what the whole program left comes before the count
         done = tl.atomic_add(done_ptr + row, 1, sem="acq_rel") if S > 1 else 0

@@ -94,8 +94,8 @@ def _largest_of_part(
 @triton.jit
 def leave_part(
     a_ptr, b_ptr, index_ptr, value_ptr, most_ptr, mass_ptr, count_ptr, first_ptr, start, tiles, own, alpha, threshold,
-    temperature, wanted, KIND: tl.constexpr, FEW: tl.constexpr, GREEDY: tl.constexpr, LISTS: tl.constexpr,
-    WEIGHS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
+    temperature, wanted, KIND: tl.constexpr, GREEDY: tl.constexpr, LISTS: tl.constexpr, WEIGHS: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     """Leave in memory what the program that draws needs to know of a part."""
     a_ptr += start

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -226,6 +227,13 @@ def load_adapter(model: PreTrainedModel, path: str) -> Any:
 def logits_width(model: PreTrainedModel) -> int:
     """Width of the logits, padding entries included (right under ZeRO-3 too, where the weight itself is empty)."""
     return int(model.get_output_embeddings().out_features)
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """How many tokens a model reads at most; a huge number for families without a limit (BLOOM, recurrent ones)."""
+    text = config.get_text_config()
+    found = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((int(length) for length in found if length is not None), sys.maxsize)
 
 
 def set_cpu_threads() -> None:

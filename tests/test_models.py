@@ -6,11 +6,12 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
-from transformers import AutoConfig
+from transformers import AutoConfig, BloomConfig, LlamaConfig, MptConfig
 
 from deepalign import models
 from deepalign.models import (
     choose_device,
+    context_length,
     load_adapter_config,
     load_frozen_model,
     load_model_config,
@@ -98,3 +99,9 @@ def test_a_device_is_there_or_refused_by_the_name_of_its_option(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         with pytest.raises(ValueError, match=f"'cuda' is not available here .*{why}"):
             choose_device("--device", "cuda")
+
+
+def test_a_context_has_a_length_where_a_family_names_none():
+    lengths = [context_length(config) for config in (LlamaConfig(), MptConfig(), BloomConfig())]
+    assert lengths[:2] == [2048, 2048]
+    assert lengths[2] > 10**9

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepalign.data.show import show_batch
 from deepalign.data.steps import StepDataset
-from deepalign.models import load_model_config
+from deepalign.models import context_length, load_model_config
 from deepalign.train.config import LoraConfig, TrainConfig
 from deepalign.train.estimate import GIB, Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
 from deepalign.train.prepare import load_common_tokenizer, load_streams, step_count, step_dataset
@@ -69,7 +69,7 @@ def dry_run(options: argparse.Namespace, config: TrainConfig) -> str:
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; expected at least 1")
     model = load_model_config(config.student or config.aligned)
-    load, average, source = _workload(config, ranks, model.get_text_config().max_position_embeddings)
+    load, average, source = _workload(config, ranks, context_length(model))
     on_gpu = options.device == "gpu" or (options.device is None and not config.use_cpu)
     setup = _setup(config, ranks, on_gpu)
     lora = config.lora or LoraConfig()

@@ -2,6 +2,7 @@
 
 import os
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -229,10 +230,23 @@ def load_adapter(model: PreTrainedModel, path: str) -> Any:
         return PeftModel.from_pretrained(model, path, config=config).eval()
 
 
-def context_length(*models: PreTrainedModel) -> int | None:
-    """Tokens that fit the shortest context of the models (of a composite one: its text model); None if none says."""
-    lengths = [getattr(model.config.get_text_config(), "max_position_embeddings", None) for model in models]
-    return min((length for length in lengths if length is not None), default=None)
+def context_length(*models: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """Tokens that the model of the shortest context reads at most; None if none says (BLOOM, recurrent models).
+
+    Args:
+        models: models, or their configurations. Of a composite one the text model counts.
+    """
+    found = []
+    for model in models:
+        text = (model if isinstance(model, PreTrainedConfig) else model.config).get_text_config()
+        named = (getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+        found += [int(length) for length in named if length is not None][:1]
+    return min(found, default=None)
+
+
+def longest_example(allowed: int | None, *models: PreTrainedModel | PreTrainedConfig) -> int:
+    """Tokens of an example at most: what is allowed and what models read; a huge number if neither says."""
+    return min(allowed or sys.maxsize, context_length(*models) or sys.maxsize)
 
 
 def logits_width(model: PreTrainedModel) -> int:

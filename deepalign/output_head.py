@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from deepalign.kernels.lm_head import lm_head_weight
 
+_LARGE = 64.0  # a logit well above any softcap (15 to 50)
+
 
 @dataclass(frozen=True)
 class OutputHead:
@@ -28,7 +30,11 @@ class OutputHead:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The logits (..., V) of hidden states (..., H), in their dtype: for checks and for a few rows."""
-        logits = torch.nn.functional.linear(hidden, self.lm_head) * self.logit_scale
+        return self._transformed(nn.functional.linear(hidden, self.lm_head))
+
+    def _transformed(self, products: Tensor) -> Tensor:
+        """What becomes of h W^T."""
+        logits = products * self.logit_scale
         return logits if self.logit_softcap is None else self.logit_softcap * torch.tanh(logits / self.logit_softcap)
 
 
@@ -58,10 +64,13 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
 
     Raises:
         TypeError: the model has no decoder that can be called by itself.
+        ValueError: adapters of peft that are in no module: prompt tuning and its like.
     """
     inner = _unwrapped(model)
     decoder: Any = inner.get_decoder() if hasattr(inner, "get_decoder") else None
-    if decoder is None or decoder is inner:
+    if decoder is inner:  # transformers does not find those of Llama 4 and Mllama
+        decoder = getattr(inner, "model", None)
+    if decoder is None:
         raise TypeError(f"{type(inner).__name__} has no decoder of its own; expected a causal language model")
     options.setdefault("use_cache", False)
     return decoder(input_ids=input_ids, attention_mask=attention_mask, **options).last_hidden_state
@@ -70,6 +79,9 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
 @torch.no_grad()
 def check_output_head(model: nn.Module, tolerance: float = 1e-2) -> None:
     """Refuse a model whose logits are not those of its hidden states and `OutputHead`, by running a few tokens.
+
+    What the model does after its output layer is looked at twice: at logits as they are, and made so large that a
+    softcap cannot be overlooked.
 
     Args:
         model: a causal language model with whole (not partitioned) weights; its mode is restored.
@@ -80,15 +92,24 @@ def check_output_head(model: nn.Module, tolerance: float = 1e-2) -> None:
     """
     inner = _unwrapped(model)
     head = output_head(model)
-    ids = torch.arange(1, 9, device=head.lm_head.device).remainder(inner.config.get_text_config().vocab_size)[None]
+    ids = torch.arange(1, 9, device=head.lm_head.device).remainder(inner.config.get_text_config().vocab_size)
+    ids = ids.expand(2, -1)
     mode = inner.training
     inner.eval()
     try:
-        expected = inner(input_ids=ids, use_cache=False).logits.float()
-        ours = head.logits(hidden_states(model, ids)).float()
+        products = nn.functional.linear(hidden_states(model, ids), head.lm_head)
+        largest = float(products[1].abs().max()) * abs(head.logit_scale)
+        enlarge = _EnlargeSecond(max(1.0, _LARGE / largest) if largest > 0 else 1.0)
+        hook = inner.get_output_embeddings().register_forward_hook(enlarge)
+        try:
+            expected = inner(input_ids=ids, use_cache=False).logits.float()
+        finally:
+            hook.remove()
     finally:
         inner.train(mode)
-    difference = float((ours - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+    ours = head._transformed(enlarge(None, None, products) if enlarge.called else products).float()
+    differences = (ours - expected).flatten(1).abs().amax(1) / expected.flatten(1).abs().amax(1).clamp_min(1e-30)
+    difference = float(differences.max())
     if not difference <= tolerance:
         raise ValueError(
             f"the logits of {type(inner).__name__} are not scale and softcap of hidden states times output layer "
@@ -96,9 +117,28 @@ def check_output_head(model: nn.Module, tolerance: float = 1e-2) -> None:
         )
 
 
+class _EnlargeSecond:
+    """A forward hook: the output layer's result for the second of two sequences times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor, self.called = factor, False
+
+    def __call__(self, module: Any, inputs: Any, products: Tensor) -> Tensor:
+        self.called = True
+        return torch.stack([products[0], products[1] * self.factor])
+
+
 def _unwrapped(model: Any) -> Any:
     """The causal language model inside peft's wrapper; its adapters sit in the modules themselves."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not hasattr(model, "get_base_model"):
+        return model
+    kind: Any = getattr(model, "active_peft_config", None)
+    if getattr(kind, "is_prompt_learning", False) and not getattr(model, "_adapters_disabled", False):
+        raise ValueError(
+            f"{type(model).__name__} has a {kind.peft_type.value} adapter, which is in the wrapper's forward and in no "
+            "module; hidden states would be without it: use the logits"
+        )
+    return model.get_base_model()
 
 
 def logit_transform(model: Any) -> tuple[float | None, float]:

@@ -1,13 +1,12 @@
 """Models, adapters and devices that are not there: the message names what was given; and contexts of models."""
 
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import RepositoryNotFoundError
-from transformers import AutoConfig, BloomConfig, Gemma3Config, Gemma3TextConfig, LlamaConfig
+from transformers import AutoConfig, BloomConfig, Gemma3Config, Gemma3TextConfig, LlamaConfig, MptConfig
 
 from deepalign import models
 from deepalign.models import (
@@ -17,6 +16,7 @@ from deepalign.models import (
     load_frozen_model,
     load_model_config,
     load_tokenizer,
+    longest_example,
 )
 from tests.tiny import make_model, make_tokenizer
 
@@ -103,12 +103,11 @@ def test_a_device_is_there_or_refused_by_the_name_of_its_option(monkeypatch):
 
 
 def test_context_length_is_the_shortest_and_of_a_composite_model_its_texts():
-    def model(config):
-        return SimpleNamespace(config=config)
-
-    llama = model(LlamaConfig(max_position_embeddings=100))
-    composite = model(Gemma3Config(text_config=Gemma3TextConfig(max_position_embeddings=77)))
-    unlimited = model(BloomConfig())  # ALiBi: no limit in its configuration
-    assert context_length(llama) == 100
+    llama, unlimited = LlamaConfig(max_position_embeddings=100), BloomConfig()  # ALiBi: no limit in its configuration
+    composite = Gemma3Config(text_config=Gemma3TextConfig(max_position_embeddings=77))
+    assert context_length(llama) == context_length(make_model(0, make_tokenizer(), context=100)) == 100
     assert context_length(llama, composite, unlimited) == 77
+    assert context_length(MptConfig(max_seq_len=50)) == 50
     assert context_length(unlimited) is None
+    assert [longest_example(allowed, llama) for allowed in (None, 60, 200)] == [100, 60, 100]
+    assert longest_example(None, unlimited) > 10**9

@@ -1,12 +1,13 @@
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -36,6 +37,7 @@ FAMILIES = {
     "qwen2": Qwen2Config(**SIZES),
     "qwen3": Qwen3Config(**SIZES, head_dim=8),
     "phi3": Phi3Config(**SIZES),
+    "llama4": Llama4TextConfig(**SIZES, head_dim=8, intermediate_size_mlp=32, num_local_experts=2),
     "gemma2, softcap": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0),
     "cohere, scale": CohereConfig(**SIZES, logit_scale=0.25),
     "granite, scaling": GraniteConfig(**SIZES, logits_scaling=4.0),
@@ -74,18 +76,33 @@ def test_an_adapter_counts_in_decoder_and_head():
     assert (without - expected).abs().max() > 0.1
 
 
-def test_an_unknown_change_of_the_logits_is_refused():
+@pytest.mark.parametrize(
+    "change", [lambda logits: 4 * logits, lambda logits: 30 * torch.tanh(logits / 30)], ids=["scale", "softcap"]
+)
+def test_an_unknown_change_of_the_logits_is_refused(change):
     model = model_of(FAMILIES["llama"])
+    model.get_output_embeddings().weight.data.div_(10)  # logits so small that a softcap of 30 changes them by 1e-4
     forward = model.forward
 
-    def scaled(**inputs):
+    def changed(**inputs):
         output = forward(**inputs)
-        output.logits = 4 * output.logits
+        output.logits = change(output.logits)
         return output
 
-    model.forward = scaled
+    model.forward = changed
     with pytest.raises(ValueError, match=r"not supported by the linear forms"):
         check_output_head(model)
+
+
+@torch.no_grad()
+def test_a_prompt_that_was_trained_is_not_lost():
+    tuned = get_peft_model(
+        model_of(FAMILIES["llama"]), PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    ).eval()
+    with pytest.raises(ValueError, match=r"has a PROMPT_TUNING adapter.*: use the logits"):
+        hidden_states(tuned, torch.arange(6)[None])
+    with tuned.disable_adapter():
+        assert hidden_states(tuned, torch.arange(6)[None]).shape == (1, 6, 16)
 
 
 def test_what_is_no_language_model_is_refused():

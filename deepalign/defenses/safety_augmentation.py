@@ -28,7 +28,7 @@ from deepalign.data.files import Message
 from deepalign.defenses.artifacts import make_once, model_identity
 from deepalign.defenses.training import SftSettings, encode_conversations, train_on_answers
 from deepalign.kernels.checks import require
-from deepalign.models import check_model_path, load_model, load_tokenizer
+from deepalign.models import check_model_path, load_model, load_tokenizer, longest_example
 from deepalign.sampling import ContrastiveSampler
 
 
@@ -106,7 +106,7 @@ def augment_safety(
         passes=math.ceil(steps * sft.batch_size / max(1, len(triplets))),
         max_harmful_tokens=settings.max_harmful_tokens,
         splice_probability=settings.splice_probability,
-        max_length=min(sft.max_length or math.inf, model.config.get_text_config().max_position_embeddings),
+        max_length=longest_example(sft.max_length, model),
         seed=sft.seed,
     )
     anchored = encode_conversations(anchor, tokenizer, model, sft.max_length)

@@ -31,6 +31,7 @@ from deepalign.data.chat import EncodedExample, encode_example
 from deepalign.data.files import Message
 from deepalign.data.steps import Batch, RowWeights, StepDataset
 from deepalign.kernels.checks import require
+from deepalign.models import longest_example
 
 
 @dataclass(frozen=True)
@@ -287,8 +288,7 @@ def encode_conversations(
     """
     if not conversations:
         raise ValueError("there are no conversations to train on; give at least one")
-    context = model.config.get_text_config().max_position_embeddings
-    length = min(max_length or context, context)
+    length = longest_example(max_length, model)
     examples = []
     for row, messages in enumerate(conversations, start=1):
         try:

@@ -29,7 +29,9 @@ def lm_head_weight(module: nn.Module) -> Tensor:
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise TypeError(f"module is a {type(module).__name__} without a weight (V, H); expected a linear layer")
     if getattr(base, "bias", None) is not None:
-        raise ValueError("module has a bias, which the linear forms do not take; expected a linear layer without one")
+        raise ValueError(
+            "module has a bias, which the linear forms do not take; expected a linear layer without one: use the logits"
+        )
     if base is module:
         return weight
     if hasattr(base, "base_layer"):

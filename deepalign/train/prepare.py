@@ -11,7 +11,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from deepalign.data.chat import EncodedExample, TemplateOptions, encode_example
 from deepalign.data.sources import load_conversations
 from deepalign.data.steps import RandomSelection, RowWeights, StepDataset, check_batch_size
-from deepalign.models import check_same_tokenizer, load_model_config, load_tokenizer, set_cpu_threads
+from deepalign.models import check_same_tokenizer, load_model_config, load_tokenizer, longest_example, set_cpu_threads
 from deepalign.train.checks import check_machine, check_output, check_paths, check_schedule
 from deepalign.train.config import TrainConfig, deepspeed_settings
 from deepalign.train.model_card import card_writer
@@ -121,8 +121,7 @@ def load_streams(
 ) -> tuple[list[EncodedExample], list[EncodedExample]]:
     """The harmful and the utility examples as token ids, cut to what all models can read."""
     paths = {config.aligned, config.base, config.student or config.aligned}
-    context = min(load_model_config(path).get_text_config().max_position_embeddings for path in paths)
-    max_length = min(config.max_length or context, context)
+    max_length = longest_example(config.max_length, *map(load_model_config, paths))
     streams = []
     for stream, path in (("harmful", config.harmful_data), ("utility", config.utility_data)):
         options = config.chat_template_options

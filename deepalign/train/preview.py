@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from deepalign.data.show import show_batch
 from deepalign.data.steps import StepDataset
-from deepalign.models import load_model_config
+from deepalign.models import load_model_config, longest_example
 from deepalign.train.config import LoraConfig, TrainConfig
 from deepalign.train.estimate import GIB, Load, ModelSize, Setup, Zero, matmul_rate, memory_parts, step_work
 from deepalign.train.prepare import load_common_tokenizer, load_streams, step_count, step_dataset
@@ -70,7 +70,7 @@ def dry_run(options: argparse.Namespace, config: TrainConfig) -> str:
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; expected at least 1")
     model = load_model_config(config.student or config.aligned)
-    load, average, source = _workload(config, ranks, model.get_text_config().max_position_embeddings)
+    load, average, source = _workload(config, ranks, longest_example(config.max_length, model))
     on_gpu = options.device == "gpu" or (options.device is None and not config.use_cpu)
     setup = _setup(config, ranks, on_gpu)
     lora = config.lora or LoraConfig()
@@ -137,16 +137,15 @@ class Average:
     steps: int | None
 
 
-def _workload(config: TrainConfig, ranks: int, context: int) -> tuple[Load, Average, str]:
+def _workload(config: TrainConfig, ranks: int, longest: int) -> tuple[Load, Average, str]:
     """The largest micro-batch, averages over a step, and where they come from."""
     accumulation = config.gradient_accumulation_steps
     try:
         dataset, _ = _rank_0(config, ranks)
     except (OSError, RuntimeError) as error:
         rows = (config.harmful_batch_size + config.utility_batch_size) // (ranks * accumulation)
-        length = min(config.max_length or context, context)
-        load = Load(rows, length, rows * length // 2, packed=config.packing)
-        average = Average(accumulation * rows * length, accumulation * load.weighted, length, config.max_steps)
+        load = Load(rows, longest, rows * longest // 2, packed=config.packing)
+        average = Average(accumulation * rows * longest, accumulation * load.weighted, longest, config.max_steps)
         return load, average, f"ASSUMED, since the data could not be read: {error}"
     steps = min(dataset.max_steps, SAMPLED_STEPS)
     batches = [dataset[i] for i in range(steps * accumulation)]

@@ -83,7 +83,10 @@ def cache_fingerprint(
 def _load(config: TrainConfig, path: str, dtype: torch.dtype) -> PreTrainedModel:
     model = load_frozen_model(path, dtype, quantization_options(config.teacher_quantization, dtype))
     if config.loss_form == "linear":
-        check_output_head(model)
+        try:
+            check_output_head(model)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}; loss_form: logits trains by the models' own logits") from error
     return model
 
 

@@ -10,6 +10,8 @@ come from is the only difference between the kinds of teachers:
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +73,11 @@ class OnlineTeachers(Teachers):
         self.aligned, self.base = aligned, base
 
     @property
+    def width(self) -> int:
+        """Asked of the models, not of their heads: the logits form takes heads that `OutputHead` does not describe."""
+        return min(logits_width(self.aligned), logits_width(self.base))
+
+    @property
     def aligned_head(self) -> OutputHead:
         """The head of the aligned model."""
         return output_head(self.aligned)
@@ -124,14 +131,26 @@ class AdapterTeachers(Teachers):
 
     def hidden(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Run the student with its adapters off and in evaluation mode, then the base model."""
+        with self._without_adapters():
+            aligned_RH = hidden_rows(self.student, batch)
+        return aligned_RH, hidden_rows(self.base, batch)
+
+    def logits(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The models' own logits, as `OnlineTeachers`."""
+        with self._without_adapters():
+            # the model inside peft's wrapper: in training the wrapper's forward is the loss
+            aligned_RV = logits_rows(self.student.get_base_model(), batch)  # type: ignore[operator]
+        return aligned_RV, logits_rows(self.base, batch)
+
+    @contextmanager
+    def _without_adapters(self) -> Iterator[None]:
         mode = self.student.training
         self.student.eval()
         try:
             with self.student.disable_adapter():  # type: ignore[operator]
-                aligned_RH = hidden_rows(self.student, batch)
+                yield
         finally:
             self.student.train(mode)
-        return aligned_RH, hidden_rows(self.base, batch)
 
     def to(self, device: torch.device) -> None:
         """Move the base model; the student belongs to the trainer."""

@@ -98,6 +98,21 @@ def test_nothing_flows_to_the_frozen_models(recompute: bool) -> None:
     assert [tensor.grad is not None for tensor in models] == [True, True, False, False, False, False]
 
 
+@every_way
+def test_hidden_states_of_the_frozen_models_may_be_made_in_inference_mode(reduction: str, recompute: bool) -> None:
+    models = linear_models(5)
+    with torch.inference_mode():
+        made = models._replace(aligned_hidden=models[2].clone(), base_hidden=models[4].clone())
+    results = []
+    for given in (made, models):
+        trained = given.trained()
+        fused_linear_completion_loss(
+            *trained, config=CONFIG, reduction=reduction, recompute=recompute
+        ).loss.sum().backward()
+        results.append([leaf.grad for leaf in trained.leaves()])
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
 def test_a_head_alone_may_be_trained() -> None:
     models = linear_models(4)
     models = models._replace(student_lm_head=models.student_lm_head.clone().requires_grad_())

@@ -4,8 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from deepalign.models import logits_width
 from deepalign.output_head import hidden_states, output_head
-from deepalign.train.teachers import AdapterTeachers, OnlineTeachers
+from deepalign.train.teachers import AdapterTeachers, OnlineTeachers, model_inputs, rows_of
 from tests.tiny import make_model, make_tokenizer
 
 
@@ -60,6 +61,18 @@ def test_a_student_with_its_adapters_off_is_the_aligned_model(models, batch):
     assert student.training, "the student is left as it was"
     with_adapters = hidden_states(student.eval(), batch["input_ids"], batch["attention_mask"]).flatten(0, 1)
     assert not torch.allclose(with_adapters[batch["row_index"]], teachers.hidden(batch)[0])
+
+
+def test_the_logits_are_the_models_own_where_their_heads_have_a_bias(models, batch):
+    student = adapted(0)
+    width = logits_width(models[0])
+    for model in (*models, student.get_base_model()):
+        model.get_output_embeddings().bias = torch.nn.Parameter(torch.linspace(-3, 3, width))
+    student.forward = None  # in training it is the loss
+    expected = [rows_of(model(**model_inputs(batch)).logits, batch["row_index"]) for model in models]
+    for teachers in (OnlineTeachers(*models), AdapterTeachers(student, models[1])):
+        assert teachers.width == width
+        torch.testing.assert_close(list(teachers.logits(batch)), expected)
 
 
 def test_the_aligned_head_is_the_students_without_its_adapter(models, batch):

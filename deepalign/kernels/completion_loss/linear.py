@@ -88,6 +88,8 @@ def fused_linear_completion_loss(
     for name, tensor in (("student_hidden", student), ("student_lm_head", student_head)):
         check_no_tangent(name, tensor)
     dhidden, dlm_head = _gradients_in_forward(student, student_head, reduction, recompute)
+    if not (dhidden or dlm_head):  # kept for the backward, which torch refuses for tensors of inference mode
+        aligned, base = map(_storable, (aligned, base))
     if chunk_rows is None:
         chunk_rows = _chosen_chunk_rows(student, student_head, vocab_size, logit_softcap is not None, dhidden)
     output = torch.ops.deepalign.linear_completion_loss(
@@ -125,6 +127,12 @@ def _gradients_in_forward(student: Tensor, head: Tensor, reduction: str, recompu
     if recompute or (dlm_head and reduction == "none"):
         return False, False
     return dhidden, dlm_head
+
+
+def _storable(hidden: Tensor) -> Tensor:
+    """A copy that autograd may save, of hidden states made under `torch.inference_mode`."""
+    outside = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return hidden.clone() if outside and hidden.is_inference() else hidden
 
 
 def _chosen_chunk_rows(student: Tensor, head: Tensor, vocab_size: int, softcap: bool, dhidden: bool) -> int:

@@ -22,7 +22,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from deepalign.data.chat import control_ids, encode_example, prompt_token_ids
-from deepalign.data.files import Message
+from deepalign.data.files import Message, check_text, read_lines
 
 
 @dataclass(frozen=True)
@@ -93,13 +93,13 @@ def prefixes_of_file(path: str | os.PathLike[str]) -> PrefixSource:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line of JSONL is not such an object, or the file has no prefix.
+        ValueError: not UTF-8, a line of JSONL is not such an object, or the file has no prefix.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the file of prefixes {path} does not exist; give one text a line, or JSONL")
     texts = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(read_lines(path), start=1):
         if not line.strip():
             continue
         texts.append(_prefix_of_line(line, f"{path}:{number}") if path.suffix == ".jsonl" else line)
@@ -158,4 +158,5 @@ def _prefix_of_line(line: str, place: str) -> str:
         raise ValueError(f"{place}: not valid JSON ({error}); each line must be {{'prefix': text}}") from None
     if not isinstance(row, dict) or not isinstance(row.get("prefix"), str) or not row["prefix"]:
         raise ValueError(f"{place}: expected an object with the key 'prefix', a non-empty text; got {line!r:.60}")
+    check_text(f"{place}: the prefix", row["prefix"])
     return row["prefix"]

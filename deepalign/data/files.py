@@ -55,11 +55,26 @@ def read_rows(path: str | os.PathLike[str], read: Callable[[Any], Row]) -> list[
                 raise ValueError(
                     f"{path}:{number}: not valid JSON ({error}); each line must be one JSON object"
                 ) from None
+            except RecursionError:
+                raise ValueError(f"{path}:{number}: nested too deeply; each line must be one JSON object") from None
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not rows:
         raise ValueError(f"{path} has no rows; expected one JSON object a line")
     return rows
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    try:
+        # not splitlines: a text may hold U+2028
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def read_prompts(
@@ -126,7 +141,25 @@ def _messages(value: Any, key: str) -> list[Message]:
             raise ValueError(
                 f"the content of a message in '{key}' must be a non-empty string, got {message['content']!r:.60}"
             )
+        check_text(f"the content of a message in '{key}'", message["content"])
+        if calls := [name for name in ("tool_calls", "function_call") if message.get(name)]:
+            raise ValueError(f"a message in '{key}' has {calls[0]}, which are not read; leave such conversations out")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and no tokenizer takes.
+
+    Raises:
+        ValueError: which, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a surrogate pair, {text[error.start]!a} at character {error.start}: a text that was "
+            "cut inside an emoji, or the like; remove it"
+        ) from None
 
 
 def check_folder(name: str, path: str | os.PathLike[str]) -> None:

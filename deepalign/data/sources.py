@@ -164,7 +164,7 @@ def load_data(spec: str, *, announce: bool = False) -> list[Record]:
         FileNotFoundError: a missing file or folder, or one without the data set's files.
         PermissionError: gated on the hub, and access was not granted (the message says where to ask).
         ConnectionError: the hub cannot be reached and its cache has no copy.
-        ValueError: an unknown split, or a row of another format (file and row are named).
+        ValueError: an unknown split, a row of another format (file and row are named), or no rows.
         RuntimeError: parquet files without pyarrow.
     """
     parsed = parse_spec(spec)
@@ -183,7 +183,11 @@ def load_data(spec: str, *, announce: bool = False) -> list[Record]:
         folder = local if local is not None and local.is_dir() else _download(data_set, parsed.source)
         files = _files_below(folder, data_set, parsed.split)
     records = [record for file in files for record in data_set.read(file)]
-    return _hashed_part(records, parsed.split or "train") if data_set.hashed_split else records
+    if data_set.hashed_split:
+        records = _hashed_part(records, parsed.split or "train")
+    if not records:
+        raise ValueError(f"{spec}: there are no rows in {', '.join(map(str, files))}; expected one at least")
+    return records
 
 
 def load_conversations(spec: str, *, announce: bool = False) -> list[list[Message]]:

@@ -42,6 +42,9 @@ def test_both_formats_give_messages(tmp_path):
         ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "q"}]}, "end with the assistant"),
         ({"messages": [{"role": "robot", "content": "q"}]}, "unknown role 'robot'"),
         ({"messages": [{"role": "user"}]}, "needs 'role' and 'content'"),
+        ({"prompt": "q", "completion": "a\ud83d"}, r"half a surrogate pair, '\ud83d' at character 1"),
+        ({"messages": [{"role": "user", "content": "q", "tool_calls": [{}]}]}, "has tool_calls, which are not read"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, problem):

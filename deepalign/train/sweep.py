@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from deepalign.data.files import write_text_atomic
 from deepalign.kernels.completion_loss import CompletionLossConfig
-from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE
+from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE, read_metrics
 from deepalign.train.config import TrainConfig, config_as_dict, load_config
 from deepalign.train.launch import RUN
 from deepalign.train.sweep_plot import columns_to_plot, plot_sweep
@@ -263,7 +263,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {key.removeprefix("loss."): value for key, value in cell.values.items()}
     metrics = cell.folder / METRICS_FILE
     done = (cell.folder / SUMMARY_FILE).is_file()
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+    lines = read_metrics(metrics)
     row["steps"] = lines[-1]["step"] if done and lines else None
     for name in METRICS:
         found = [line[name] for line in lines[-LAST_STEPS:] if name in line] if done else []

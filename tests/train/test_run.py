@@ -11,7 +11,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepalign.data.chat import encode_example
-from deepalign.data.files import read_jsonl
+from deepalign.data.files import open_locked, read_jsonl
 from deepalign.data.steps import HARMFUL, UTILITY, RowWeights, StepDataset
 from deepalign.train.launch import check_no_stale_lock, free_port, join_deepspeed
 from deepalign.train.run import main
@@ -101,6 +101,7 @@ def test_a_run_writes_what_it_promises(tiny_run: TinyRun, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "truncated to 12 tokens" in printed
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "checkpoint-4",
         "checkpoint-5",
         "final",
@@ -151,8 +152,10 @@ def test_a_finished_run_is_not_trained_again(tiny_run: TinyRun, tmp_path, refuse
     before = [file.read_bytes() for file in files]
     assert main(["--config", str(config)]) == 0
     assert [file.read_bytes() for file in files] == before
+    with open_locked(tmp_path / "out" / ".lock"):
+        assert "another process is training into it; wait for it or end it" in refused(config)
 
-    shutil.rmtree(tmp_path / "out" / "checkpoint-2")  # to make room
+    shutil.move(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-good-2")  # no step of the run
     assert "holds final, run.json, metrics.jsonl of a run but no checkpoint" in refused(config)
     assert [file.read_bytes() for file in files] == before
     shutil.rmtree(tmp_path / "out" / "final")
@@ -193,7 +196,7 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
 def test_what_cannot_work_is_refused_in_one_message(tiny_run: TinyRun, tmp_path, refused, words, problem):
     config = tiny_run.config(tmp_path / "out")
     assert problem in refused(config, *words)
-    assert not any((tmp_path / "out").iterdir()), "nothing is written"
+    assert not {path.name for path in (tmp_path / "out").iterdir()} - {".lock"}, "nothing is written"
 
 
 def test_a_broken_row_is_named(tiny_run: TinyRun, tmp_path, refused):

@@ -18,7 +18,8 @@ from deepalign.data.files import naming, open_locked, write_text_atomic
 
 TAIL_BYTES = 1 << 20  # of each weight file that goes into its fingerprint
 WEIGHTS = (".safetensors", ".bin", ".pt")
-READ_WHOLE = (".json", ".jinja", ".model", ".txt")  # a chat template and a vocabulary decide the ids
+READ_WHOLE = (".json", ".jinja", ".model")
+VOCABULARY = ("vocab.txt", "merges.txt")
 Row = dict[str, Any]
 
 
@@ -95,7 +96,7 @@ def model_fingerprint(path: str) -> Any:
         return path
     found = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix in READ_WHOLE + WEIGHTS:
+        if file.suffix in READ_WHOLE + WEIGHTS or file.name in VOCABULARY:
             with file.open("rb") as content:
                 content.seek(max(0, file.stat().st_size - (TAIL_BYTES if file.suffix in WEIGHTS else 1 << 40)))
                 found[file.name] = [file.stat().st_size, hashlib.sha256(content.read()).hexdigest()]
@@ -115,10 +116,10 @@ def _whole_rows(
     whole = content[: content.rfind(b"\n") + 1]
     rows = []
     for number, line in enumerate(whole.splitlines()):
-        row = _row(line)
+        row = json_object(line)
         wrong = "is no JSON object" if row is None else check_row(number, row)
         if row is None or wrong is not None:
-            raise ValueError(f"{path}:{number + 1} {wrong}; the file was changed: remove it")
+            raise ValueError(f"{path}:{number + 1} {wrong}; the file was changed: remove it, or from that line on")
         rows.append(row)
     if len(whole) < len(content):
         file.truncate(len(whole))
@@ -133,9 +134,10 @@ def _line(row: Row) -> bytes:
         return (json.dumps(row) + "\n").encode()
 
 
-def _row(line: bytes) -> Row | None:
+def json_object(text: bytes) -> Row | None:
+    """The JSON object that `text` is; None where it is none."""
     try:
-        row = json.loads(line)
+        row = json.loads(text)
     except ValueError:
         return None
     return row if isinstance(row, dict) else None
@@ -147,9 +149,18 @@ def read_settings(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: it is damaged.
     """
-    found = _row(path.read_bytes())
+    return read_object(path, "nobody knows what its output was made with: give another output")
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it is damaged; `remedy` says what to do.
+    """
+    found = json_object(path.read_bytes())
     if found is None:
-        raise ValueError(f"{path} is damaged, so nobody knows what its output was made with; give another output")
+        raise ValueError(f"{path} is damaged; {remedy}")
     return found
 
 

@@ -125,7 +125,10 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
     grid: dict[str, list[Any]] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        values = [yaml.safe_load(value) for value in text.split(",")]
+        try:
+            values = [yaml.safe_load(value) for value in text.split(",")]
+        except yaml.YAMLError:
+            raise ValueError(f"--grid {word}: not values as in YAML; what has commas cannot be swept") from None
         # "3e-4" is a string to YAML
         values = [float(value) if isinstance(value, str) and _is_number(value) else value for value in values]
         name = SHORT.get(key.strip(), key.strip())
@@ -157,6 +160,8 @@ def make_cells(config: str, grid_words: Sequence[str], overrides: Sequence[str],
         cell = Cell(values, out / "_".join(part.replace("/", "-") for part in parts))
         load_config(config, [*overrides, *cell.overrides])
         cells.append(cell)
+    if len({cell.folder for cell in cells}) != len(cells):
+        raise ValueError("--grid: two cells would share a folder, since / becomes - in its name; rename one value")
     return cells
 
 

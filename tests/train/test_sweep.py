@@ -180,6 +180,8 @@ def test_a_cell_that_is_a_process_of_its_own(tiny_run: TinyRun, tmp_path):
         (["--grid", "k=1", "--grid", "top_k=2"], "names loss.top_k twice"),
         (["--grid", "k=1,1"], "a value is given twice"),
         (["--grid", "lamda_reg=1"], "did you mean"),
+        (["--grid", "lora={r: 1, alpha: 2}"], "what has commas cannot be swept"),
+        (["--grid", "report_to=a/b,a-b"], "two cells would share a folder"),
         (["--grid", "foo=1"], "unknown key foo; known keys: adam_beta1"),
         (["--grid", "k=0,1"], "top_k"),
         (["--grid", "k=1", "--sort", "asr"], "--sort is 'asr'; columns: top_k, steps, loss"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -162,8 +163,9 @@ def test_a_finished_run_is_not_trained_again(tiny_run: TinyRun, tmp_path, refuse
     assert "holds run.json, metrics.jsonl of a run" in refused(config, "--resume", "never")
 
 
-def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: TinyRun, tmp_path, refused):
-    config = tiny_run.config(tmp_path / "out", max_steps=2)
+def test_a_checkpoint_is_not_continued_with_other_settings_data_or_teachers(tiny_run: TinyRun, tmp_path, refused):
+    base = shutil.copytree(tiny_run.base, tmp_path / "base")
+    config = tiny_run.config(tmp_path / "out", max_steps=2, base=str(base))
     assert main(["--config", str(config)]) == 0
     assert "learning_rate: 0.001 -> 0.5" in refused(config, "--learning_rate", "0.5")
     assert "already holds checkpoints and resume is 'never'" in refused(config, "--resume", "never")
@@ -172,6 +174,12 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
     message = refused(config, "--harmful_data", str(other))
     assert "encoded_data" in message
     assert "restore these settings, or give another output_dir" in message
+    make_model(7, make_tokenizer()).save_pretrained(base)  # trained again, into the same folder
+    message = refused(config)
+    assert "cannot be continued exactly (base_files: " in message
+    seal = tmp_path / "out" / "checkpoint-2" / "resume.json"
+    seal.write_text(re.sub(r'.*_files": .*\n', "", seal.read_text()))
+    assert main(["--config", str(config)]) == 0, "a checkpoint of an older version does not say"
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -74,9 +75,10 @@ def measure(path: str, folder: Path) -> dict[str, Any]:
     allocator.return_memory()
     config = load_config(folder / f"{path}.yaml")
     imported, peaks = restart_peak(), StepPeak()
-    run = prepare(config)
-    run.trainer.add_callback(peaks)
-    train(run)
+    with ExitStack() as held:
+        run = prepare(config, held)
+        run.trainer.add_callback(peaks)
+        train(run)
     lines = (folder / path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     # the first step makes the optimizer's moments, which the others find there
     extra = max(peak - before for peak, before in zip(peaks.peak[1:], peaks.before[1:], strict=True))

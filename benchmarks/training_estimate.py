@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -127,11 +128,12 @@ def worker(out: Path, arguments: list[str]) -> int:
         def on_step_end(self, *args: object, **options: object) -> None:
             peaks.append(status_bytes("VmHWM") - before)
 
-    run = prepare(config)
-    run.trainer.add_callback(Note())
-    rate = matmul_rate(torch.device("cpu"), torch.bfloat16 if config.bf16 else torch.float32)
-    restart_peak()  # loading is not training
-    train(run)
+    with ExitStack() as held:
+        run = prepare(config, held)
+        run.trainer.add_callback(Note())
+        rate = matmul_rate(torch.device("cpu"), torch.bfloat16 if config.bf16 else torch.float32)
+        restart_peak()  # loading is not training
+        train(run)
     rank = os.environ.get("RANK", "0")
     write_text_atomic(
         out / f"peak-{rank}.json", json.dumps({"peak": peaks[-1], "seconds": run.trainer.speed.seconds, "rate": rate})

@@ -137,6 +137,12 @@ def _first_line(error: Exception) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def _local(path: str) -> str:
+    """A folder as the libraries take it, who do not know `~`; a hub id as it is."""
+    folder = Path(path).expanduser()
+    return str(folder) if folder.is_dir() else path
+
+
 def holds_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer was saved in a folder."""
     return any((folder / name).is_file() for name in TOKENIZER_FILES)
@@ -150,7 +156,7 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
         ValueError: one without a pad and an eos token.
     """
     with _naming(path, TOKENIZER_FILES):
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(_local(path))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"the tokenizer of {path} has neither a pad nor an eos token; set one of them")
@@ -185,7 +191,7 @@ def load_model_config(path: str) -> PreTrainedConfig:
         OSError: none there, and none on the hub.
     """
     with _naming(path, ["config.json"]):
-        return AutoConfig.from_pretrained(path)
+        return AutoConfig.from_pretrained(_local(path))
 
 
 def load_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -195,7 +201,7 @@ def load_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] | None 
         OSError: none there, and none on the hub.
     """
     with _naming(path, ["config.json"]):
-        return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **(options or {}))
+        return AutoModelForCausalLM.from_pretrained(_local(path), dtype=dtype, **(options or {}))
 
 
 def load_frozen_model(path: str, dtype: torch.dtype, options: Mapping[str, Any] | None = None) -> PreTrainedModel:
@@ -214,7 +220,7 @@ def load_adapter_config(path: str) -> Any:
     from peft import PeftConfig
 
     with _naming(path, ["adapter_config.json"], ValueError):
-        return PeftConfig.from_pretrained(path)
+        return PeftConfig.from_pretrained(_local(path))
 
 
 def load_adapter(model: PreTrainedModel, path: str) -> Any:
@@ -227,7 +233,7 @@ def load_adapter(model: PreTrainedModel, path: str) -> Any:
 
     config = load_adapter_config(path)
     with _naming(path, ["adapter_config.json"]):
-        return PeftModel.from_pretrained(model, path, config=config).eval()
+        return PeftModel.from_pretrained(model, _local(path), config=config).eval()
 
 
 def context_length(*models: PreTrainedModel | PreTrainedConfig) -> int | None:

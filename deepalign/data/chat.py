@@ -74,10 +74,7 @@ def encode_example(
     prompt_ids = prompt_token_ids(tokenizer, messages[:-1], template_options)
     input_ids = _apply_template(tokenizer, list(messages), template_options, add_generation_prompt=False)
     if input_ids[: len(prompt_ids)] != prompt_ids:
-        raise ValueError(
-            "the tokenizer's chat template does not keep the prompt as a prefix of the conversation, so the answer "
-            "cannot be located; use a template whose generation prompt starts the assistant's turn"
-        )
+        raise ValueError(_why_no_prefix(tokenizer, messages, template_options))
     input_ids = _cut_after_end_of_turn(input_ids, len(prompt_ids), control_ids(tokenizer))
     truncated = max_length is not None and len(input_ids) > max_length
     if max_length is not None:
@@ -103,15 +100,25 @@ def _apply_template(
     *,
     add_generation_prompt: bool,
 ) -> list[int]:
+    return list(cast(list[int], _templated(tokenizer, messages, template_options, add_generation_prompt, True)))
+
+
+def _templated(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    template_options: TemplateOptions | None,
+    add_generation_prompt: bool,
+    tokenize: bool,
+) -> Any:
     if tokenizer.chat_template is None:
         raise ValueError(
             f"the tokenizer {tokenizer.name_or_path!r} has no chat template; use the aligned model's tokenizer or set "
             "tokenizer.chat_template"
         )
     try:
-        ids = tokenizer.apply_chat_template(
+        return tokenizer.apply_chat_template(
             messages,
-            tokenize=True,
+            tokenize=tokenize,
             add_generation_prompt=add_generation_prompt,
             return_dict=False,
             **(template_options or {}),
@@ -119,12 +126,35 @@ def _apply_template(
     except TemplateError as error:  # Gemma's has no system prompt, Llama 2's wants the roles in turn
         roles = ", ".join(message["role"] for message in messages)
         raise ValueError(f"the chat template refuses messages of {roles or 'nobody'}: {error}") from error
-    return list(cast(list[int], ids))
+
+
+def _why_no_prefix(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], template_options: TemplateOptions | None
+) -> str:
+    """Why the ids of a prompt do not begin those of its conversation: the template's text, or tokens across the border.
+
+    A token of both would be a prompt that no request has.
+    """
+    prompt = _templated(tokenizer, list(messages[:-1]), template_options, True, False)
+    whole = _templated(tokenizer, list(messages), template_options, False, False)
+    if whole.startswith(prompt):
+        before, after = prompt[-10:], whole[len(prompt) :][:10]
+        return (
+            f"the tokenizer joins the end of the prompt and the beginning of the answer in one token ({before!r} and "
+            f"{after!r}), so the answer's tokens are not its own; remove white space at the beginning of the answer"
+        )
+    return (
+        "the tokenizer's chat template does not keep the prompt as a prefix of the conversation, so the answer "
+        "cannot be located; use a template whose generation prompt starts the assistant's turn"
+    )
 
 
 def control_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Ids of the tokens that are no text: eos, and all that were added as special, an end of turn among them."""
-    added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+    """Ids of the tokens that are no text: eos, and all that were added as special, an end of turn among them.
+
+    The unknown token stands for text.
+    """
+    added = {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special} - {tokenizer.unk_token_id}
     return added if tokenizer.eos_token_id is None else added | {tokenizer.eos_token_id}
 
 

@@ -22,7 +22,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from deepalign.data.chat import control_ids, encode_example, prompt_token_ids
-from deepalign.data.files import Message, read_rows
+from deepalign.data.files import Message, check_text, read_lines, read_rows
 
 
 @dataclass(frozen=True)
@@ -93,14 +93,14 @@ def prefixes_of_file(path: str | os.PathLike[str]) -> PrefixSource:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a line of JSONL is not such an object, or the file has no prefix.
+        ValueError: not UTF-8, a line of JSONL is not such an object, or the file has no prefix.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"the file of prefixes {path} does not exist; give one text a line, or JSONL")
     if path.suffix == ".jsonl":
         return fixed_prefixes(read_rows(path, _prefix_of_row))
-    texts = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    texts = [line for line in read_lines(path) if line.strip()]
     if not texts:
         raise ValueError(f"{path} has no prefixes; give one text a line, or JSONL of {{'prefix': text}}")
     return fixed_prefixes(texts)
@@ -152,4 +152,5 @@ def _text_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def _prefix_of_row(row: Any) -> str:
     if not isinstance(row, dict) or not isinstance(row.get("prefix"), str) or not row["prefix"]:
         raise ValueError(f"expected an object with the key 'prefix', a non-empty text; got {row!r:.60}")
+    check_text("the prefix", row["prefix"])
     return row["prefix"]

@@ -9,16 +9,21 @@ Further keys in a row are ignored, so that a file can carry its own metadata.
 """
 
 import codecs
+import errno
+import fcntl
 import json
 import os
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 Message = dict[str, str]
 Row = TypeVar("Row")
 ROLES = ("system", "user", "assistant", "tool")
+NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
 
 
 def read_jsonl(path: str | os.PathLike[str]) -> list[list[Message]]:
@@ -55,11 +60,26 @@ def read_rows(path: str | os.PathLike[str], read: Callable[[Any], Row]) -> list[
                 raise ValueError(
                     f"{path}:{number}: not valid JSON ({error}); each line must be one JSON object"
                 ) from None
+            except RecursionError:
+                raise ValueError(f"{path}:{number}: nested too deeply; each line must be one JSON object") from None
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
     if not rows:
         raise ValueError(f"{path} has no rows; expected one JSON object a line")
     return rows
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a UTF-8 file, without a byte order mark.
+
+    Raises:
+        ValueError: the file is not UTF-8.
+    """
+    try:
+        # not splitlines: a text may hold U+2028
+        return Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
 
 
 def read_prompts(
@@ -126,7 +146,25 @@ def _messages(value: Any, key: str) -> list[Message]:
             raise ValueError(
                 f"the content of a message in '{key}' must be a non-empty string, got {message['content']!r:.60}"
             )
+        check_text(f"the content of a message in '{key}'", message["content"])
+        if calls := [name for name in ("tool_calls", "function_call") if message.get(name)]:
+            raise ValueError(f"a message in '{key}' has {calls[0]}, which are not read; leave such conversations out")
     return [{"role": message["role"], "content": message["content"]} for message in value]
+
+
+def check_text(name: str, text: str) -> None:
+    """Refuse half a surrogate pair, which JSON can hold and no tokenizer takes.
+
+    Raises:
+        ValueError: which, and where.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a surrogate pair, {text[error.start]!a} at character {error.start}: a text that was "
+            "cut inside an emoji, or the like; remove it"
+        ) from None
 
 
 def check_folder(name: str, path: str | os.PathLike[str]) -> None:
@@ -134,7 +172,10 @@ def check_folder(name: str, path: str | os.PathLike[str]) -> None:
 
     Raises:
         NotADirectoryError: which file.
+        ValueError: `~` or `$NAME`, as a configuration or `--out=~/x` has them: a folder of that name would be made.
     """
+    if unreplaced := re.search(r"^~[^/]*|\$\w+|\$\{\w+\}", str(path)):
+        raise ValueError(f"{name}: {path}: {unreplaced[0]} is what a shell replaces, and none did; write the path out")
     for place in (Path(path), *Path(path).parents):
         if place.is_dir():
             return
@@ -142,17 +183,53 @@ def check_folder(name: str, path: str | os.PathLike[str]) -> None:
             raise NotADirectoryError(f"{name}: {place} is a file; give a folder, or a path where none is yet")
 
 
-def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
-    """Write `text` to `path` so that the file is always either the old one or the new one, whole.
+@contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give an error of the system, as of a full disk, the file's name, which it lacks where a file is open already."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
-    The folder is created where it is missing. A temporary file beside the target is renamed over it.
+
+@contextmanager
+def open_locked(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a file for reading and appending, with a lock that ends with the block, or with the process.
+
+    A file system without locks (Lustre, unless it is mounted with them) is said so and goes without.
+
+    Raises:
+        BlockingIOError: another process holds the lock.
+    """
+    with Path(path).open("a+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            print(f"warning: {path}: this file system has no locks; start no second process that writes it", flush=True)
+        yield file
+
+
+def write_text_atomic(path: str | os.PathLike[str], text: str) -> None:
+    """Write `text` to `path` so that the file is always either the old one or the new one, whole, also after a crash.
+
+    The folder is created where it is missing. A temporary file beside the target is synchronised to the disk and
+    renamed over it.
+
+    Raises:
+        OSError: naming `path`; nothing is left of the temporary file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with naming(path), os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -8,12 +8,13 @@ header, JSONL, parquet.
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepalign.data.files import Message, read_rows
+from deepalign.data.files import Message, check_text, read_rows
 
 # HEx-PHI's categories; the second was withdrawn by its authors, so copies with and without it circulate.
 HEX_PHI_CATEGORIES = {
@@ -125,10 +126,15 @@ def table(path: Path, headerless: Sequence[str] = ()) -> list[tuple[int, dict[st
 
 def _csv_rows(path: Path, headerless: Sequence[str]) -> Iterable[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig", newline="") as file:
+        limit = csv.field_size_limit(sys.maxsize)  # a text may have more than 131072 characters
         try:
             rows = [(number, row) for number, row in enumerate(csv.reader(file), start=1) if any(row)]
         except UnicodeDecodeError as error:
             raise ValueError(f"{path}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        except csv.Error as error:
+            raise ValueError(f"{path}: not CSV ({error})") from None
+        finally:
+            csv.field_size_limit(limit)
     if not rows:
         raise ValueError(f"{path} has no rows")
     columns = [name.strip().lower() for name in rows[0][1]]
@@ -210,6 +216,7 @@ def _text(row: dict[str, Any], column: str) -> str:
     value = row.get(column)
     if not isinstance(value, str) or not value.strip():
         raise ValueError(f"{column} must be a text that is not empty, got {value!r:.60}")
+    check_text(column, value)
     return value
 
 

@@ -6,19 +6,20 @@ left, and goes on; with another fingerprint it refuses the file. A lock, which e
 writer out.
 """
 
-import fcntl
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import naming, open_locked, write_text_atomic
 
 TAIL_BYTES = 1 << 20  # of each weight file that goes into its fingerprint
 WEIGHTS = (".safetensors", ".bin", ".pt")
+READ_WHOLE = (".json", ".jinja", ".model")
+VOCABULARY = ("vocab.txt", "merges.txt")
 Row = dict[str, Any]
 
 
@@ -35,9 +36,10 @@ class ResumableFile:
 
     def append(self, rows: Sequence[Row]) -> None:
         """Write rows, one JSON object a line, and wait until they are on the disk."""
-        self._file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._file.name):
+            self._file.write(b"".join(map(_line, rows)))
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.rows.extend(rows)
 
 
@@ -70,9 +72,9 @@ def locked(path: Path) -> Iterator[BinaryIO]:
     Raises:
         ValueError: another process holds the lock.
     """
-    with path.open("a+b") as file:
+    with ExitStack() as held:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file = held.enter_context(open_locked(path))
         except BlockingIOError:
             raise ValueError(f"{path} is being written by another process; wait, or give another output") from None
         yield file
@@ -84,7 +86,8 @@ def settings_path(path: Path) -> Path:
 
 
 def model_fingerprint(path: str) -> Any:
-    """What tells one checkpoint from another: of a folder, its JSON files, and size and last MiB of its weights.
+    """What tells one checkpoint from another: of a folder, its JSON files, chat template and vocabulary, and size and
+    last MiB of its weights.
 
     Weights are not read whole, for they may be hundreds of GB. A hub id is its own fingerprint.
     """
@@ -93,7 +96,7 @@ def model_fingerprint(path: str) -> Any:
         return path
     found = {}
     for file in sorted(folder.iterdir()):
-        if file.suffix == ".json" or file.suffix in WEIGHTS:
+        if file.suffix in READ_WHOLE + WEIGHTS or file.name in VOCABULARY:
             with file.open("rb") as content:
                 content.seek(max(0, file.stat().st_size - (TAIL_BYTES if file.suffix in WEIGHTS else 1 << 40)))
                 found[file.name] = [file.stat().st_size, hashlib.sha256(content.read()).hexdigest()]
@@ -113,13 +116,52 @@ def _whole_rows(
     whole = content[: content.rfind(b"\n") + 1]
     rows = []
     for number, line in enumerate(whole.splitlines()):
-        row = json.loads(line)
-        if (wrong := check_row(number, row)) is not None:
-            raise ValueError(f"{path}:{number + 1} {wrong}; the file was changed: remove it")
+        row = json_object(line)
+        wrong = "is no JSON object" if row is None else check_row(number, row)
+        if row is None or wrong is not None:
+            raise ValueError(f"{path}:{number + 1} {wrong}; the file was changed: remove it, or from that line on")
         rows.append(row)
     if len(whole) < len(content):
         file.truncate(len(whole))
     return rows
+
+
+def _line(row: Row) -> bytes:
+    """A row as a line of the file; half a surrogate pair, as an input's own keys may hold, is escaped."""
+    try:
+        return (json.dumps(row, ensure_ascii=False) + "\n").encode()
+    except UnicodeEncodeError:
+        return (json.dumps(row) + "\n").encode()
+
+
+def json_object(text: bytes) -> Row | None:
+    """The JSON object that `text` is; None where it is none."""
+    try:
+        row = json.loads(text)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) else None
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The fingerprint beside an output file.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    return read_object(path, "nobody knows what its output was made with: give another output")
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: it is damaged; `remedy` says what to do.
+    """
+    found = json_object(path.read_bytes())
+    if found is None:
+        raise ValueError(f"{path} is damaged; {remedy}")
+    return found
 
 
 def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
@@ -128,7 +170,7 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"{path} exists but has no {known.name} beside it: no run of this command wrote it; give another output"
         )
-    before, now = json.loads(known.read_text(encoding="utf-8")), json.loads(json.dumps(settings))
+    before, now = read_settings(known), json.loads(json.dumps(settings))
     changed = [name for name in sorted(before.keys() | now.keys()) if before.get(name) != now.get(name)]
     if changed:
         raise ValueError(

@@ -124,12 +124,12 @@ def parse_spec(spec: str) -> DataSpec:
     name, split, source = _parts(spec)
     data_set = _BY_NAME.get(name.lower())
     if data_set is None:
-        if not Path(spec).is_file():
+        if not Path(spec).expanduser().is_file():
             known = [one.name for one in DATA_SETS]
             near = difflib.get_close_matches(name.lower(), _BY_NAME, n=1)
             hint = f"did you mean {_BY_NAME[near[0]].name}?" if near else f"data sets: {', '.join(known)}"
             raise FileNotFoundError(f"the file {spec} does not exist and it names no data set ({hint})")
-        return DataSpec(None, None, spec)
+        return DataSpec(None, None, str(Path(spec).expanduser()))
     if split is not None and split not in data_set.files:
         splits = ", ".join(one for one in data_set.files if one is not None)
         raise ValueError(f"{spec}: {data_set.name} has {f'the splits {splits}' if splits else 'no splits'}")
@@ -164,7 +164,7 @@ def load_data(spec: str, *, announce: bool = False) -> list[Record]:
         FileNotFoundError: a missing file or folder, or one without the data set's files.
         PermissionError: gated on the hub, and access was not granted (the message says where to ask).
         ConnectionError: the hub cannot be reached and its cache has no copy.
-        ValueError: an unknown split, or a row of another format (file and row are named).
+        ValueError: an unknown split, a row of another format (file and row are named), or no rows.
         RuntimeError: parquet files without pyarrow.
     """
     parsed = parse_spec(spec)
@@ -183,7 +183,11 @@ def load_data(spec: str, *, announce: bool = False) -> list[Record]:
         folder = local if local is not None and local.is_dir() else _download(data_set, parsed.source)
         files = _files_below(folder, data_set, parsed.split)
     records = [record for file in files for record in data_set.read(file)]
-    return _hashed_part(records, parsed.split or "train") if data_set.hashed_split else records
+    if data_set.hashed_split:
+        records = _hashed_part(records, parsed.split or "train")
+    if not records:
+        raise ValueError(f"{spec}: there are no rows in {', '.join(map(str, files))}; expected one at least")
+    return records
 
 
 def load_conversations(spec: str, *, announce: bool = False) -> list[list[Message]]:
@@ -217,7 +221,7 @@ def prompt_and_target(messages: Sequence[Message]) -> tuple[str, str]:
 def _parts(spec: str) -> tuple[str, str | None, str | None]:
     head, colon, source = spec.partition(":")
     name, at, split = head.partition("@")
-    return name, split if at else None, source if colon else None
+    return name, split if at else None, os.path.expanduser(source) if colon else None
 
 
 def _looks_like_hub_id(source: str) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.data.files import write_text_atomic
+from deepalign.data.resumable import read_object
 from deepalign.models import load_model_config
 
 IDENTITY_FILE = "made_from.json"
@@ -86,7 +87,6 @@ def _report_of(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.is_file():
         return None
+    return read_object(path, f"remove the folder {path.parent}, and it is made again")

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from deepalign.data.files import write_text_atomic
-from deepalign.data.resumable import locked, settings_path
+from deepalign.data.files import naming, write_text_atomic
+from deepalign.data.resumable import locked, read_settings, settings_path
 from deepalign.diagnose.rows import STATISTICS, RowStatistics
 
 READ_AT_ONCE = 64  # records
@@ -69,9 +69,10 @@ class RecordFile:
     def append(self, records: np.ndarray) -> None:
         """Append and sync to disk."""
         assert records.dtype == self._record
-        self._file.write(records.tobytes())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with naming(self._file.name):
+            self._file.write(records.tobytes())
+            self._file.flush()
+            os.fsync(self._file.fileno())
         self.done += len(records)
 
 
@@ -112,9 +113,8 @@ def _check_settings(path: Path, settings: dict[str, Any], *, empty: bool) -> Non
         return
     if not known.is_file():
         raise ValueError(f"{path} exists but has no {known.name} beside it: give another --out")
-    if (stored := known.read_text(encoding="utf-8").strip()) != fingerprint:
-        before = json.loads(stored)
-        changed = sorted(name for name in settings if before.get(name) != json.loads(fingerprint)[name])
+    before, now = read_settings(known), json.loads(fingerprint)
+    if changed := sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name)):
         raise ValueError(
             f"{path} was written with other settings ({', '.join(changed)}); give another --out, or remove the file "
             "to measure it again"

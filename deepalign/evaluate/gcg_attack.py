@@ -19,7 +19,8 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from deepalign.data.chat import prompt_token_ids
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import naming, write_text_atomic
+from deepalign.data.resumable import json_object
 from deepalign.evaluate.gcg import GcgSettings, mean_and_sd, optimise_suffix
 from deepalign.evaluate.gcg_prompt import suffix_text, with_suffix
 from deepalign.evaluate.generation import Contrast, greedy_continuations
@@ -186,7 +187,7 @@ class RecordFile:
         identity: what they depend on, the file's first line.
 
     Raises:
-        ValueError: the file's records depend on other things.
+        ValueError: the file's records depend on other things, or it is damaged, or no such file.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, Any]) -> None:
@@ -209,15 +210,25 @@ class RecordFile:
         """Keep a record."""
         self.done[record["seed"], record["index"]] = record
         if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
+            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
 
     def _whole_lines(self) -> list[dict[str, Any]]:
         assert self.path is not None
         if not self.path.exists():
             return []
-        text = self.path.read_text(encoding="utf-8")
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        content = self.path.read_bytes()
+        lines = content[: content.rfind(b"\n") + 1].splitlines()
+        if content and not lines:  # the first line is written whole
+            raise ValueError(f"{self.path} holds no attack's results; give another file")
+        whole = []
+        for number, line in enumerate(lines, start=1):
+            if (record := json_object(line)) is None:
+                raise ValueError(f"{self.path}:{number} is no JSON object; remove that line and all after it")
+            whole.append(record)
+        return whole
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

@@ -23,6 +23,7 @@ from typing import Any, cast
 
 from tqdm import tqdm
 
+from deepalign.data.files import read_lines
 from deepalign.evaluate.degenerate import is_degenerate
 from deepalign.evaluate.outcomes import OUTCOMES, AttackExample, BatchJudge, Judge, JudgedText, Outcome
 from deepalign.evaluate.refusals import REFUSAL_LISTS, plain_apostrophes
@@ -202,8 +203,7 @@ def _phrases(name: str) -> Sequence[str]:
         raise ValueError(f"there is no phrase list {name!r}; known: {', '.join(REFUSAL_LISTS)}, or a .txt file")
     if not Path(name).is_file():
         raise FileNotFoundError(f"the phrase list {name} does not exist; give a text file with one phrase a line")
-    lines = Path(name).read_text(encoding="utf-8").splitlines()
-    return [line.strip() for line in lines if line.strip()]
+    return [line.strip() for line in read_lines(name) if line.strip()]
 
 
 def load_object(name: str) -> Any:

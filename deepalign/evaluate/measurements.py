@@ -15,7 +15,7 @@ from typing import Any
 
 from deepalign import __version__
 from deepalign.data.files import write_text_atomic
-from deepalign.data.resumable import model_fingerprint
+from deepalign.data.resumable import model_fingerprint, read_object
 from deepalign.defenses.lora import AdapterMethod, PlainLora
 from deepalign.defenses.safe_lora import SafeLora
 from deepalign.defenses.salora import SaLora
@@ -237,8 +237,7 @@ class SeedRun:
             seconds = round(time.perf_counter() - started, 2)
             result = {"kind": kind, "subject": asdict(subject), **found, "seconds": seconds}
             write_text_atomic(path, json.dumps(result, indent=1) + "\n")
-        read: Result = json.loads(path.read_text(encoding="utf-8"))
-        return read
+        return read_object(path, "remove it, and what it says is measured again")
 
     def _check_benign(self, family: Family) -> None:
         if not family.benign:

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from deepalign.data.files import write_jsonl
+from deepalign.data.files import read_lines, write_jsonl
 from deepalign.data.resumable import Row
 from deepalign.evaluate.answers import Question, Verdict
 from deepalign.evaluate.judges import load_object
@@ -117,8 +117,7 @@ def make_reasoning_judge(spec: str) -> ReasoningJudge:
             return DeliberationRule()
         if not Path(rest).is_file():
             raise FileNotFoundError(f"the markers {rest} do not exist; give a text file with one marker a line")
-        lines = Path(rest).read_text(encoding="utf-8").splitlines()
-        return DeliberationRule([line.strip() for line in lines if line.strip()])
+        return DeliberationRule([line.strip() for line in read_lines(rest) if line.strip()])
     if not rest:
         raise ValueError(
             f"the reasoning judge {spec!r} has no known form; expected deliberation, deliberation:FILE.txt or "

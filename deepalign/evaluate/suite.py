@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.data.files import check_folder, write_text_atomic
+from deepalign.data.resumable import read_object
 from deepalign.evaluate.families import Family, families_from_settings
 from deepalign.evaluate.judges import load_object
 from deepalign.evaluate.measurements import SeedRun
@@ -91,7 +92,7 @@ def _agreement(folder: Path) -> list[dict[str, Any]]:
     """Agreement of judges on every prefill measurement of a seed that had several."""
     found = []
     for path in sorted(folder.glob("measurements/*/prefill-*/result.json")):
-        result = json.loads(path.read_text(encoding="utf-8"))
+        result = read_object(path, "remove it, and what it says is measured again")
         name = f"{result['subject']['name']}, {folder.name}"
         depths = "/".join(next(iter(result["judges"].values())))
         found += [{"subject": f"{name}, depth {depths}", **row} for row in result["agreement"]]
@@ -121,5 +122,4 @@ class Clock:
         write_text_atomic(self._path, json.dumps(self.seconds, indent=1) + "\n")
 
     def _read(self) -> dict[str, float]:
-        read: dict[str, float] = json.loads(self._path.read_text(encoding="utf-8")) if self._path.exists() else {}
-        return read
+        return read_object(self._path, "remove it: it holds wall times only") if self._path.exists() else {}

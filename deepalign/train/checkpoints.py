@@ -6,6 +6,7 @@ A run's folder holds `checkpoint-N/`, `final/` and `metrics.jsonl`. What an inte
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,14 @@ FINAL = "final"
 RESUME_FILE = "resume.json"
 CARD_FILE = "README.md"
 STAGING = ".incomplete"
+LOCK_FILE = ".lock"
+NAME = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-[0-9]+")
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
     """The whole checkpoints of a run, oldest first."""
-    found = [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if path.name.split("-")[-1].isdigit()]
+    # not `checkpoint-good-10`, which somebody keeps
+    found = [path for path in run_dir.glob(f"{PREFIX_CHECKPOINT_DIR}-*") if NAME.fullmatch(path.name)]
     return sorted(found, key=checkpoint_step)
 
 
@@ -106,13 +110,22 @@ def _set_aside(folder: Path) -> Path:
 def keep_metrics(path: Path, last_step: int) -> None:
     """Drop the lines after `last_step`: the resumed run writes them again."""
     if path.exists():
-        lines = path.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if (step := _step_of(line)) is not None and step <= last_step]
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        kept = [line for line in lines if (values := _metrics_of(line)) is not None and values["step"] <= last_step]
         write_text_atomic(path, "".join(line + "\n" for line in kept))
 
 
-def _step_of(line: str) -> int | None:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a metrics file; none where there is no file."""
+    if not path.is_file():
+        return []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [values for values in map(_metrics_of, lines) if values is not None]
+
+
+def _metrics_of(line: str) -> dict[str, Any] | None:
     try:
-        return int(json.loads(line)["step"])
-    except json.JSONDecodeError:  # a line cut off by a kill
+        values = json.loads(line)
+    except json.JSONDecodeError:  # a line cut off by a kill, or by a full disk
         return None
+    return values if isinstance(values, dict) and "step" in values else None

@@ -4,17 +4,18 @@ import importlib.util
 import os
 import shutil
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 from transformers import get_scheduler
 
-from deepalign.data.files import check_folder
+from deepalign.data.files import check_folder, open_locked
 from deepalign.data.sources import check_data
 from deepalign.kernels.checks import choose_implementation
 from deepalign.kernels.completion_loss import IMPLEMENTATIONS
 from deepalign.models import check_model_path
-from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE, checkpoints
+from deepalign.train.checkpoints import FINAL, LOCK_FILE, METRICS_FILE, SUMMARY_FILE, checkpoints
 from deepalign.train.config import TrainConfig, deepspeed_settings
 from deepalign.train.launch import check_no_stale_lock, free_port
 
@@ -32,6 +33,8 @@ def check_paths(config: TrainConfig) -> None:
     if config.deepspeed is not None:
         deepspeed_settings(config.deepspeed)
     check_folder("output_dir", config.output_dir)
+    if config.teacher_cache is not None:
+        check_folder("teacher_cache", config.teacher_cache)
 
 
 def check_output(config: TrainConfig) -> None:
@@ -50,6 +53,24 @@ def check_output(config: TrainConfig) -> None:
             f"output_dir {output_dir} holds {', '.join(held)} of a run but no checkpoint to go on from: training would "
             "start again and overwrite them. Move them away, or give another folder"
         )
+
+
+def lock_output(config: TrainConfig, held: ExitStack) -> None:
+    """Keep a second process out of the output folder until `held` is closed; to be called by the first rank.
+
+    Two would write into each other's checkpoints.
+
+    Raises:
+        ValueError: another process trains into it.
+    """
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        held.enter_context(open_locked(folder / LOCK_FILE))
+    except BlockingIOError:
+        raise ValueError(
+            f"output_dir {folder}: another process is training into it; wait for it or end it, or give another folder"
+        ) from None
 
 
 def check_schedule(config: TrainConfig) -> None:

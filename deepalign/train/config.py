@@ -352,6 +352,17 @@ def build_dataclass(cls: type[Any], values: dict[str, Any], prefix: str = "") ->
     return cls(**{key: _convert(prefix + key, value, hints[key]) for key, value in values.items()})
 
 
+def _plain(name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """Refuse what JSON has not: YAML makes dates of 2024-07-26, and sets, and bytes."""
+    for key, value in values.items():
+        try:
+            json.dumps(value)
+        except TypeError:
+            what = f"{name}.{key} is {value!r} ({type(value).__name__})"
+            raise TypeError(f"{what}; write a date in quotes, and expected are texts, numbers and lists") from None
+    return values
+
+
 def _convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the field's type: the few conversions YAML needs (3e-4 is a string to it), nothing lossy."""
     if dataclasses.is_dataclass(hint):
@@ -369,7 +380,7 @@ def _convert(name: str, value: Any, hint: Any) -> Any:
         item = typing.get_args(hint)[0]
         return tuple(_convert(f"{name}[{i}]", element, item) for i, element in enumerate(value))
     if typing.get_origin(hint) is dict and isinstance(value, dict):
-        return value
+        return _plain(name, value)
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             expected = ", ".join(repr(option) for option in typing.get_args(hint))

@@ -1,6 +1,7 @@
 """From a configuration to a trainer that is ready: checks everything, loads everything, in the order ZeRO-3 needs."""
 
 import os
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from deepalign.data.chat import EncodedExample, TemplateOptions, encode_example
 from deepalign.data.sources import load_conversations
 from deepalign.data.steps import RandomSelection, RowWeights, StepDataset, check_batch_size
 from deepalign.models import check_same_tokenizer, load_model_config, load_tokenizer, longest_example, set_cpu_threads
-from deepalign.train.checks import check_machine, check_output, check_paths, check_schedule
+from deepalign.train.checks import check_machine, check_output, check_paths, check_schedule, lock_output
 from deepalign.train.config import TrainConfig, deepspeed_settings
 from deepalign.train.model_card import card_writer
 from deepalign.train.resume import checkpoint_to_resume, run_identity
@@ -30,8 +31,8 @@ class Run:
     checkpoint: Path | None
 
 
-def prepare(config: TrainConfig) -> Run:
-    """Check everything, load everything.
+def prepare(config: TrainConfig, held: ExitStack) -> Run:
+    """Check everything, load everything; `held` keeps the output folder's lock until the end of the run.
 
     Raises:
         ValueError, TypeError, FileNotFoundError, RuntimeError: what is wrong and what to do, before any training.
@@ -52,6 +53,8 @@ def prepare(config: TrainConfig) -> Run:
         ("utility", config.utility_batch_size, utility),
     ):
         check_batch_size(stream, size, len(rows), world_size, config.gradient_accumulation_steps)
+    if rank == 0:
+        lock_output(config, held)
     identity = run_identity(config, world_size, harmful, utility)
     checkpoint = checkpoint_to_resume(config, identity)
 

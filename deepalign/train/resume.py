@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from deepalign.data.chat import EncodedExample
+from deepalign.data.resumable import model_fingerprint
 from deepalign.train.checkpoints import checkpoints, read_seal
 from deepalign.train.config import TrainConfig, config_as_dict
 
@@ -28,11 +29,16 @@ FREE_ON_RESUME = {
 def run_identity(
     config: TrainConfig, world_size: int, harmful: Sequence[EncodedExample], utility: Sequence[EncodedExample]
 ) -> dict[str, Any]:
-    """What must be the same for a checkpoint to be continued exactly: settings, ranks, data."""
+    """What must be the same for a checkpoint to be continued exactly: settings, ranks, data, the teachers' files."""
     settings = {name: value for name, value in config_as_dict(config).items() if name not in FREE_ON_RESUME}
     rows = json.dumps([[(row.input_ids, row.response_start) for row in rows] for rows in (harmful, utility)])
     data = hashlib.sha256(rows.encode()).hexdigest()
-    return json.loads(json.dumps({"ranks": world_size, "encoded_data": data, **settings}))
+    models = {f"{name}_files": _digest(model_fingerprint(getattr(config, name))) for name in ("aligned", "base")}
+    return json.loads(json.dumps({"ranks": world_size, "encoded_data": data, **models, **settings}))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:12]
 
 
 def checkpoint_to_resume(config: TrainConfig, identity: dict[str, Any]) -> Path | None:
@@ -45,7 +51,9 @@ def checkpoint_to_resume(config: TrainConfig, identity: dict[str, Any]) -> Path 
     if not found:
         return None
     saved = read_seal(found[-1])
-    different = sorted(name for name in identity.keys() | saved.keys() if identity.get(name) != saved.get(name))
+    # a checkpoint of an older version has no *_files
+    names = {name for name in identity.keys() | saved.keys() if name in saved or not name.endswith("_files")}
+    different = sorted(name for name in names if identity.get(name) != saved.get(name))
     if different == ["ranks"]:
         raise ValueError(
             f"{found[-1]} was written by {saved['ranks']} rank(s) and this run has {identity['ranks']}: optimizer and "

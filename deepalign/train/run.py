@@ -10,6 +10,7 @@ teachers, load the student (`prepare.py`), train, from the last checkpoint where
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -43,11 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add_preview_arguments(parser)
     parser.add_argument("--local_rank", type=int, default=None, help="set by the launcher")
     known, overrides = parser.parse_known_args(arguments)
+    with contextlib.ExitStack() as held:
+        return _run(known, overrides, held)
+
+
+def _run(known: argparse.Namespace, overrides: Sequence[str], held: contextlib.ExitStack) -> int:
     try:
         config = load_config(known.config, overrides)
         if preview(known, config):
             return 0
-        run = prepare(config)
+        run = prepare(config, held)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

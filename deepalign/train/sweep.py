@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from deepalign.data.files import write_text_atomic
 from deepalign.kernels.completion_loss import CompletionLossConfig
-from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE
+from deepalign.train.checkpoints import FINAL, METRICS_FILE, SUMMARY_FILE, read_metrics
 from deepalign.train.config import TrainConfig, config_as_dict, load_config
 from deepalign.train.launch import RUN
 from deepalign.train.sweep_plot import columns_to_plot, plot_sweep
@@ -125,7 +125,10 @@ def parse_grid(words: Sequence[str]) -> dict[str, list[Any]]:
     grid: dict[str, list[Any]] = {}
     for word in words:
         key, equals, text = word.partition("=")
-        values = [yaml.safe_load(value) for value in text.split(",")]
+        try:
+            values = [yaml.safe_load(value) for value in text.split(",")]
+        except yaml.YAMLError:
+            raise ValueError(f"--grid {word}: not values as in YAML; what has commas cannot be swept") from None
         # "3e-4" is a string to YAML
         values = [float(value) if isinstance(value, str) and _is_number(value) else value for value in values]
         name = SHORT.get(key.strip(), key.strip())
@@ -157,6 +160,8 @@ def make_cells(config: str, grid_words: Sequence[str], overrides: Sequence[str],
         cell = Cell(values, out / "_".join(part.replace("/", "-") for part in parts))
         load_config(config, [*overrides, *cell.overrides])
         cells.append(cell)
+    if len({cell.folder for cell in cells}) != len(cells):
+        raise ValueError("--grid: two cells would share a folder, since / becomes - in its name; rename one value")
     return cells
 
 
@@ -263,7 +268,7 @@ def row_of(cell: Cell) -> dict[str, Any]:
     row: dict[str, Any] = {key.removeprefix("loss."): value for key, value in cell.values.items()}
     metrics = cell.folder / METRICS_FILE
     done = (cell.folder / SUMMARY_FILE).is_file()
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
+    lines = read_metrics(metrics)
     row["steps"] = lines[-1]["step"] if done and lines else None
     for name in METRICS:
         found = [line[name] for line in lines[-LAST_STEPS:] if name in line] if done else []

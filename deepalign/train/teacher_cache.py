@@ -63,7 +63,7 @@ class CacheIndex:
 
     @cached_property
     def identity(self) -> str:
-        """Short name of this cache's contents; every shard carries it."""
+        """Short name of this cache's contents; every shard carries it, and the index itself."""
         return f"{zlib.crc32(json.dumps(self.as_dict(), sort_keys=True).encode()):08x}"
 
     @cached_property
@@ -146,7 +146,11 @@ def read_index(folder: Path) -> CacheIndex:
                 f"{path} is of format {version}, expected {FORMAT}: it was written by another version of deepalign; "
                 "write the cache again with --overwrite"
             )
-        return CacheIndex(**values)
+        checksum = values.pop("crc32", None)
+        index = CacheIndex(**values)
+        if checksum not in (None, index.identity):
+            raise TypeError("its checksum is another")
+        return index
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{path} is damaged ({error}); write the cache again with `deepalign cache-teacher --overwrite`"
@@ -155,7 +159,8 @@ def read_index(folder: Path) -> CacheIndex:
 
 def write_index(folder: Path, index: CacheIndex) -> None:
     """Write `index.json`, whole or not at all."""
-    write_durably(folder / INDEX_FILE, [json.dumps(index.as_dict()).encode() + b"\n"])
+    values = index.as_dict() | {"crc32": index.identity}
+    write_durably(folder / INDEX_FILE, [json.dumps(values).encode() + b"\n"])
 
 
 # ---- shards ----

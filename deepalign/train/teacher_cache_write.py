@@ -5,9 +5,7 @@ other, rank 0 reports. What was written stays: an interrupted run, on any number
 """
 
 import contextlib
-import fcntl
 import gc
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from deepalign.data.chat import EncodedExample
+from deepalign.data.files import open_locked
 from deepalign.data.steps import pad
 from deepalign.output_head import check_output_head, hidden_states, output_head
 from deepalign.train.frozen_heads import load_output_head
@@ -272,19 +271,14 @@ def _only_writer(folder: Path, ranks: Ranks) -> Iterator[None]:
 
     def take() -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        handles.append(os.open(folder / LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644))
         try:
-            fcntl.flock(handles[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(open_locked(folder / LOCK_FILE))
         except BlockingIOError:
             raise RuntimeError(f"another process writes the teacher cache {folder}; wait for it or end it") from None
 
-    handles: list[int] = []
-    try:
+    with contextlib.ExitStack() as held:
         ranks.on_first(take)
         yield
-    finally:
-        for handle in handles:
-            os.close(handle)
 
 
 def _together(parts: Sequence[Work]) -> Work:

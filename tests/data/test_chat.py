@@ -1,8 +1,10 @@
 import pytest
+from tokenizers.pre_tokenizers import Split
 from transformers import PreTrainedTokenizerFast
 
 from deepalign.data.chat import encode_example, prompt_token_ids
 from deepalign.data.contexts import first_ids
+from tests.tiny import make_tokenizer
 
 CONVERSATION = [{"role": "user", "content": "w1 w2"}, {"role": "assistant", "content": "w3 w4 w5"}]
 
@@ -39,6 +41,25 @@ def test_the_end_of_turn_need_not_be_the_eos_token(tokenizer):
     example = encode_example(tokenizer, messages)
     assert decode(tokenizer, example.input_ids[example.response_start :]) == "w3 </s> w4 w8"
     assert first_ids(9)(tokenizer, example.input_ids[-2:])[0][0] == example.input_ids[-2:-1], "w8 is not forced"
+
+
+def test_an_unknown_word_ends_no_answer(tokenizer):
+    tokenizer.chat_template = tokenizer.chat_template.replace("</s> ", "")
+    messages = [CONVERSATION[0], {"role": "assistant", "content": "w3 nowhere w5"}]
+    example = encode_example(tokenizer, messages)
+    assert decode(tokenizer, example.input_ids[example.response_start :]) == "w3 <unk> w5"
+
+
+def test_a_token_of_both_prompt_and_answer_is_refused_as_such():
+    """Qwen's: a prompt that ends with a newline, an answer that starts with two."""
+    tokenizer = make_tokenizer(["a", "a\n\n", "q"])
+    tokenizer.backend_tokenizer.pre_tokenizer = Split(" ", "removed")
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role[0] }}\n{{ m.content }} </s> {% endfor %}{{ 'a\n' if add_generation_prompt }}"
+    )
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "\n w"}]
+    with pytest.raises(ValueError, match=r"joins the end .* </s> a\\n' and '\\n w </s> '\).*remove white space"):
+        encode_example(tokenizer, messages)
 
 
 def test_a_conversation_that_the_template_refuses_is_refused_in_its_words(tokenizer):

@@ -56,7 +56,7 @@ def test_ids_are_concatenated_not_texts():
 
 @pytest.mark.parametrize(
     ("name", "content"),
-    [("p.txt", "w20 w21\n\nw22\n"), ("p.jsonl", '{"prefix": "w20 w21"}\n{"prefix": "w22", "id": 1}\n')],
+    [("p.txt", "\ufeffw20 w21\r\n\nw22"), ("p.jsonl", '{"prefix": "w20\u2028w21"}\n{"prefix": "w22", "id": 1}\n')],
 )
 def test_prefixes_of_a_file(tmp_path, name, content):
     (tmp_path / name).write_text(content)
@@ -87,6 +87,7 @@ def test_bad_input_is_refused(tmp_path):
     for name, content, message in (
         ("a.jsonl", '{"prefix": "w1"}\n[1]\n', r"a\.jsonl:2: expected an object"),
         ("b.jsonl", "{\n", r"b\.jsonl:1: not valid JSON"),
+        ("c.jsonl", '{"prefix": "w1\\ud800"}', r"c\.jsonl:1: the prefix holds half a surrogate pair"),
         ("c.txt", "\n", "has no prefixes"),
     ):
         (tmp_path / name).write_text(content)

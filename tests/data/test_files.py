@@ -1,9 +1,13 @@
+import errno
+import fcntl
 import json
 import os
+import re
 
 import pytest
 
-from deepalign.data.files import check_folder, read_jsonl, write_text_atomic
+from deepalign.data.files import check_folder, open_locked, read_jsonl, write_text_atomic
+from deepalign.data.resumable import open_resumable
 from deepalign.data.sources import load_data
 
 
@@ -42,6 +46,9 @@ def test_both_formats_give_messages(tmp_path):
         ({"messages": [{"role": "user", "content": "q"}, {"role": "user", "content": "q"}]}, "end with the assistant"),
         ({"messages": [{"role": "robot", "content": "q"}]}, "unknown role 'robot'"),
         ({"messages": [{"role": "user"}]}, "needs 'role' and 'content'"),
+        ({"prompt": "q", "completion": "a\ud83d"}, r"half a surrogate pair, '\ud83d' at character 1"),
+        ({"messages": [{"role": "user", "content": "q", "tool_calls": [{}]}]}, "has tool_calls, which are not read"),
+        ("[" * 100_000, "nested too deeply"),
     ],
 )
 def test_a_broken_line_is_named(tmp_path, line, problem):
@@ -85,10 +92,48 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["report.json"]
 
 
+def append_row() -> None:
+    with open_resumable("new/x.jsonl", {}, lambda number, row: None) as file:
+        file.append([{}])
+
+
+@pytest.mark.parametrize("write", [lambda: write_text_atomic("new/x.json", "x"), append_row])
+def test_a_full_disk_is_an_error_with_the_name_of_the_file(tmp_path, monkeypatch, write):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: 'new/x\.json"):
+        write()
+    assert not list(tmp_path.rglob("*.json")), "nothing half-written"
+
+
+def test_half_a_surrogate_pair_of_an_input_is_kept(tmp_path):
+    with open_resumable(tmp_path / "out.jsonl", {}, lambda number, row: None) as file:
+        file.append([{"source": "\ud83d", "text": "\u00e9"}, {"text": "\u00e9"}])
+    with open_resumable(tmp_path / "out.jsonl", {}, lambda number, row: None) as file:
+        assert file.rows[0]["source"] == "\ud83d"
+    assert (tmp_path / "out.jsonl").read_text().splitlines()[1] == '{"text": "\u00e9"}'
+
+
+def test_a_file_system_without_locks_is_said_so(tmp_path, monkeypatch, capsys):
+    def unknown(file, operation):
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "flock", unknown)
+    with open_locked(tmp_path / "x") as file:
+        file.write(b"1")
+    assert "this file system has no locks" in capsys.readouterr().out
+
+
 def test_an_output_folder_that_is_a_file_is_refused_by_its_option(tmp_path):
     (tmp_path / "file").touch()
     for path in (tmp_path / "file", tmp_path / "file" / "below" / "it"):
         with pytest.raises(NotADirectoryError, match=f"--out: {tmp_path / 'file'} is a file; give a folder"):
             check_folder("--out", path)
-    for path in (tmp_path, tmp_path / "new" / "one", "new"):
+    for path in (tmp_path, tmp_path / "new" / "one", "new", "a~", "$"):
         check_folder("--out", path)
+    for path, what in (("~/runs", "~"), ("$SCRATCH/runs", "$SCRATCH"), ("a/${USER}", "${USER}")):
+        with pytest.raises(ValueError, match=f"output_dir: {re.escape(path)}: {re.escape(what)} is what a shell"):
+            check_folder("output_dir", path)

@@ -1,5 +1,6 @@
 """Published data sets in their real file formats, with invented contents."""
 
+import csv
 import json
 import shutil
 
@@ -197,6 +198,8 @@ TEXTS = "brew florb twice,Sure this is florb\n"
         ("hex-phi", "category_1.csv", "Goal\nbrew florb for me\n", "reads like one: Goal; expected prompt"),
         ("advbench", "x.csv", "goal,target\na,\n", "row 2: target must be a text that is not empty"),
         ("advbench", "x.csv", "", "has no rows"),
+        ("advbench", "x.csv", "goal,target\n", r"there are no rows in .*x\.csv"),
+        ("gsm8k", "x.jsonl", '{"question": "a", "answer": "b\\udc00"}\n', "row 1: answer holds half a surrogate pair"),
         ("advbench", "x.txt", "a,b\n", r"expected a \.csv, \.jsonl or \.parquet file"),
         ("hex-phi", "category_1.csv", "unquoted, text of mine\n", "row 1 has 2 fields; expected 1"),
         ("harmful-hex-phi", "x.jsonl", '{"a": 1}\n', r"x\.jsonl:1: expected a list of two messages"),
@@ -283,3 +286,10 @@ def test_terms_are_shown_once(tmp_path, capsys):
     for _ in range(2):
         load_data(f"gsm8k:{path}", announce=True)
     assert capsys.readouterr().out == "gsm8k: MIT (https://huggingface.co/datasets/openai/gsm8k)\n"
+
+
+def test_a_text_of_a_million_characters_is_read(tmp_path):
+    long = "brew it " * 125_000
+    (tmp_path / "x.csv").write_text(f'goal,target\n"{long}","Sure, here"\n')
+    assert prompt_and_target(load_data(f"advbench:{tmp_path / 'x.csv'}")[0].messages) == (long, "Sure, here")
+    assert csv.field_size_limit() == 131_072, "others keep their limit"

@@ -11,7 +11,7 @@ from benchmarks.gcg_naive import naive_gcg
 from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate import gcg_loss
 from deepalign.evaluate.gcg import GcgSettings, SuffixSearch, mean_and_sd, optimise_suffix
-from deepalign.evaluate.gcg_attack import gcg_attack, weights_fingerprint
+from deepalign.evaluate.gcg_attack import RecordFile, gcg_attack, weights_fingerprint
 from deepalign.evaluate.gcg_loss import TargetLoss
 from deepalign.evaluate.gcg_prompt import SuffixPrompt, allowed_tokens, suffix_text, with_suffix
 from deepalign.evaluate.generation import Contrast
@@ -388,6 +388,11 @@ def test_a_file_of_another_attack_is_refused(model, base, tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"different: model"):
         run_attack(base, tokenizer, out=tmp_path / "a.jsonl")
     assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
+    for content, problem in (("a report", "holds no attack's results"), ("{}\n[]\n", r"a\.jsonl:2 is no JSON object")):
+        (tmp_path / "a.jsonl").write_text(content)
+        with pytest.raises(ValueError, match=problem):
+            RecordFile(tmp_path / "a.jsonl", {})
+        assert (tmp_path / "a.jsonl").read_text() == content
 
 
 def test_a_contrastive_pair_is_attacked_and_answers_as_one(model, base, tokenizer):

@@ -49,7 +49,7 @@ def test_apostrophes_of_every_kind(apostrophe):
 
 
 def test_an_own_phrase_list(tmp_path):
-    (tmp_path / "mine.txt").write_text("nolamp\n\n  never vamp \n")
+    (tmp_path / "mine.txt").write_text("\ufeffnolamp\n\n  never vamp \n")
     spec = f"keyword:{tmp_path / 'mine.txt'}"
     assert outcome_of(spec, "we nolamp here") == outcome_of(spec, "never vamp") == "refused"
     assert outcome_of(spec, "I'm sorry") == "harmful"

@@ -136,6 +136,12 @@ def test_a_repeated_suite_measures_and_trains_nothing(finished, monkeypatch):
     run_suite(dataclasses.replace(load_suite(CONFIG), out=str(finished)), progress=False)
     again = (finished / "tables.md").read_text()
     assert again.partition("## How it was made")[0] == text.partition("## How it was made")[0]
+    result = next(finished.rglob("result.json"))
+    whole = result.read_bytes()
+    result.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"result\.json is damaged; remove it, and what it says is measured again"):
+        run_suite(dataclasses.replace(load_suite(CONFIG), out=str(finished)), progress=False)
+    result.write_bytes(whole)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from deepalign.cli import main
-from deepalign.data.resumable import ResumableFile, open_resumable
+from deepalign.data.resumable import ResumableFile, open_resumable, settings_path
 from deepalign.sampling import ContrastiveSampler
 from deepalign.sampling.cli import add_arguments, chat
 from tests.forked import kill_once
@@ -125,6 +125,11 @@ def test_a_file_of_another_run_is_refused_and_left_alone(models, prompts, tmp_pa
     ):
         message = refused(capsys, *arguments(models, prompts, out, *more))
         assert f"written with other settings ({changed})" in message
+    template = models / "aligned" / "chat_template.jinja"
+    (saved := tmp_path / "saved").write_bytes(template.read_bytes())
+    template.write_text(f"{saved.read_text()} ")
+    assert "written with other settings (models)" in refused(capsys, *arguments(models, prompts, out))
+    template.write_bytes(saved.read_bytes())
     with prompts.open("a") as file:
         file.write('{"prompt": "w1"}\n')
     assert "other settings (prompts)" in refused(capsys, *arguments(models, prompts, out))
@@ -140,6 +145,11 @@ def test_an_edited_file_is_refused(models, prompts, tmp_path, capsys):
     lines = out.read_text().splitlines(keepends=True)
     out.write_text("".join([*lines[:3], *lines[4:]]))
     assert "is not the answer to row 3" in refused(capsys, *arguments(models, prompts, out))
+    for damaged in ("{\n", "[]\n", "\0\0\n"):
+        out.write_text(lines[0] + damaged)
+        assert f"{out}:2 is no JSON object" in refused(capsys, *arguments(models, prompts, out))
+    settings_path(out).write_text("")
+    assert f"{settings_path(out)} is damaged" in refused(capsys, *arguments(models, prompts, out))
 
 
 def test_an_interruption_is_one_line(models, prompts, tmp_path, capsys, monkeypatch):

@@ -61,6 +61,12 @@ def test_numbers_that_yaml_reads_as_text_are_numbers(write):
         ({"max_steps": 2.5}, [], TypeError, "max_steps is 2.5 (float); expected int"),
         ({"seed": True}, [], TypeError, "seed is True (bool); expected int"),
         ({"loss": 3}, [], TypeError, "loss holds keys of its own"),
+        (
+            {},
+            ["--chat_template_options.date_string", "2024-07-26"],
+            TypeError,
+            "datetime.date(2024, 7, 26)",
+        ),
         ({"distill_on": "all"}, [], ValueError, "distill_on is 'all'; expected one of 'utility', 'harmful', 'both'"),
         ({"aligned": None}, [], ValueError, "does not set aligned"),
         ({"learning_rate": 0}, [], ValueError, "learning_rate is 0.0; it must be positive"),

@@ -13,6 +13,7 @@ import torch
 
 from deepalign.train import run as run_module
 from deepalign.train import trainer as trainer_module
+from deepalign.train.checkpoints import LOCK_FILE
 from deepalign.train.run import main
 from tests.train import fault_worker
 from tests.train.forked import fork_ranks
@@ -39,7 +40,7 @@ def assert_same_run(out: Path, expected: Path) -> None:
     ours = weights(out / "final")
     for name, value in weights(expected / "final").items():
         assert torch.equal(ours[name], value), name
-    hidden = [path.name for path in out.iterdir() if path.name.startswith(".")]
+    hidden = [path.name for path in out.iterdir() if path.name.startswith(".") and path.name != LOCK_FILE]
     assert not hidden, "what was half-written is gone"
 
 
@@ -151,7 +152,7 @@ def test_a_full_disk_stops_the_run_with_what_is_kept_and_it_goes_on_later(
     assert f"{lost} could not be written" in message
     assert "File too large" in message
     assert f"the last whole checkpoint is {kept}" in message
-    there = [kept, *(["final"] if "run.json" in lost else []), "metrics.jsonl"]
+    there = [LOCK_FILE, kept, *(["final"] if "run.json" in lost else []), "metrics.jsonl"]
     assert sorted(path.name for path in out.iterdir()) == there, "nothing half-written"
     assert main(["--config", str(config)]) == 0
     assert_same_run(tmp_path / "out", whole)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from deepalign.data.chat import encode_example
-from deepalign.data.files import read_jsonl
+from deepalign.data.files import open_locked, read_jsonl
 from deepalign.data.steps import HARMFUL, UTILITY, RowWeights, StepDataset
 from deepalign.train.launch import check_no_stale_lock, free_port, join_deepspeed
 from deepalign.train.run import main
@@ -101,6 +102,7 @@ def test_a_run_writes_what_it_promises(tiny_run: TinyRun, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "truncated to 12 tokens" in printed
     assert sorted(path.name for path in out.iterdir()) == [
+        ".lock",
         "checkpoint-4",
         "checkpoint-5",
         "final",
@@ -154,16 +156,19 @@ def test_a_finished_run_is_not_trained_again(tiny_run: TinyRun, tmp_path, refuse
     before = [file.read_bytes() for file in files]
     assert main(["--config", str(config)]) == 0
     assert [file.read_bytes() for file in files] == before
+    with open_locked(tmp_path / "out" / ".lock"):
+        assert "another process is training into it; wait for it or end it" in refused(config)
 
-    shutil.rmtree(tmp_path / "out" / "checkpoint-2")  # to make room
+    shutil.move(tmp_path / "out" / "checkpoint-2", tmp_path / "out" / "checkpoint-good-2")  # no step of the run
     assert "holds final, run.json, metrics.jsonl of a run but no checkpoint" in refused(config)
     assert [file.read_bytes() for file in files] == before
     shutil.rmtree(tmp_path / "out" / "final")
     assert "holds run.json, metrics.jsonl of a run" in refused(config, "--resume", "never")
 
 
-def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: TinyRun, tmp_path, refused):
-    config = tiny_run.config(tmp_path / "out", max_steps=2)
+def test_a_checkpoint_is_not_continued_with_other_settings_data_or_teachers(tiny_run: TinyRun, tmp_path, refused):
+    base = shutil.copytree(tiny_run.base, tmp_path / "base")
+    config = tiny_run.config(tmp_path / "out", max_steps=2, base=str(base))
     assert main(["--config", str(config)]) == 0
     assert "learning_rate: 0.001 -> 0.5" in refused(config, "--learning_rate", "0.5")
     assert "already holds checkpoints and resume is 'never'" in refused(config, "--resume", "never")
@@ -172,6 +177,12 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
     message = refused(config, "--harmful_data", str(other))
     assert "encoded_data" in message
     assert "restore these settings, or give another output_dir" in message
+    make_model(7, make_tokenizer()).save_pretrained(base)  # trained again, into the same folder
+    message = refused(config)
+    assert "cannot be continued exactly (base_files: " in message
+    seal = tmp_path / "out" / "checkpoint-2" / "resume.json"
+    seal.write_text(re.sub(r'.*_files": .*\n', "", seal.read_text()))
+    assert main(["--config", str(config)]) == 0, "a checkpoint of an older version does not say"
 
 
 @pytest.mark.parametrize(
@@ -196,7 +207,7 @@ def test_a_checkpoint_is_not_continued_with_other_settings_or_data(tiny_run: Tin
 def test_what_cannot_work_is_refused_in_one_message(tiny_run: TinyRun, tmp_path, refused, words, problem):
     config = tiny_run.config(tmp_path / "out")
     assert problem in refused(config, *words)
-    assert not any((tmp_path / "out").iterdir()), "nothing is written"
+    assert not {path.name for path in (tmp_path / "out").iterdir()} - {".lock"}, "nothing is written"
 
 
 def test_a_broken_row_is_named(tiny_run: TinyRun, tmp_path, refused):

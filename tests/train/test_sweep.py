@@ -142,6 +142,13 @@ def test_a_failed_cell_is_named_and_the_others_go_on(tiny_run: TinyRun, tmp_path
     assert len(json.loads((out / "sweep.json").read_text())) == 3
 
 
+def test_half_a_line_of_metrics_leaves_the_table(tmp_path):
+    """Of a cell that was killed, or whose disk is full."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 0.5}\n{"step": 2, "lo')
+    row = sweep.row_of(sweep.Cell({"gamma": 1}, tmp_path))
+    assert (row["steps"], row["loss"]) == (None, None)
+
+
 def test_the_error_of_a_log_is_that_of_its_last_command(tmp_path):
     log = tmp_path / "output.log"
     assert sweep.last_error(log) is None
@@ -173,6 +180,8 @@ def test_a_cell_that_is_a_process_of_its_own(tiny_run: TinyRun, tmp_path):
         (["--grid", "k=1", "--grid", "top_k=2"], "names loss.top_k twice"),
         (["--grid", "k=1,1"], "a value is given twice"),
         (["--grid", "lamda_reg=1"], "did you mean"),
+        (["--grid", "lora={r: 1, alpha: 2}"], "what has commas cannot be swept"),
+        (["--grid", "report_to=a/b,a-b"], "two cells would share a folder"),
         (["--grid", "foo=1"], "unknown key foo; known keys: adam_beta1"),
         (["--grid", "k=0,1"], "top_k"),
         (["--grid", "k=1", "--sort", "asr"], "--sort is 'asr'; columns: top_k, steps, loss"),

@@ -187,7 +187,8 @@ def test_an_index_that_cannot_be_used_says_why(cache, tmp_path):
     path.write_text(text.replace('"format": 1', '"format": 7'))
     with pytest.raises(ValueError, match="is of format 7, expected 1"):
         read_index(folder)
-    for damaged in (text[:-50], "[]", "{}", text.replace("answer_lengths", "lengths")):
+    altered = text.replace('"shard_starts": [0', '"shard_starts": [9')
+    for damaged in (text[:-50], "[]", "{}", text.replace("answer_lengths", "lengths"), altered):
         path.write_text(damaged)
         with pytest.raises(ValueError, match="is damaged"):
             read_index(folder)

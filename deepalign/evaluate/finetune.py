@@ -186,6 +186,7 @@ def measure_safety(
     depths: Sequence[int | None] = (0,),
     max_new_tokens: int = 512,
     batch_size: int = 32,
+    thinking: bool | None = None,
     contrast: Contrast | None = None,
     utility: Utility | None = None,
     progress: bool = True,
@@ -195,7 +196,7 @@ def measure_safety(
     Args:
         model: in evaluation mode.
         tokenizer: with a chat template.
-        examples, judge, max_new_tokens, batch_size, contrast: as for `prefill_attack`.
+        examples, judge, max_new_tokens, batch_size, thinking, contrast: as for `prefill_attack`.
         depths: forced tokens; 0 is HRR, None the whole target.
         utility: called once with model and tokenizer.
         progress: show bars.
@@ -212,6 +213,7 @@ def measure_safety(
             judge=judge,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            thinking=thinking,
             contrast=contrast,
             progress=progress,
         )

@@ -57,7 +57,7 @@ class SuiteConfig:
         data: see `families.DataSettings`.
         judges: specifications; the first one's verdicts make the tables.
         harmful_judge, reasoning_judge: of Table 5.
-        answers: how answers are generated.
+        answers: how answers are generated; its `thinking` is for the families whose chat template has the switch.
         utility: see `utility.UtilitySettings`; null: no utility columns.
         adaptation: fine-tuning in Tables 2 to 4.
         recovery: keys of `TrainConfig` for Table 4's recovery, `harmful_data` among them.

@@ -8,12 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from deepalign.cli import main
+from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate import measurements, suite
+from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.families import ROLES, Family
+from deepalign.evaluate.subjects import LoadedSubject
 from deepalign.evaluate.suite import experiment_settings, run_suite
 from deepalign.evaluate.suite_config import load_suite
 from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES
 from tests.evaluate.killed_worker import kill_in_a_line
+from tests.families import FAMILIES
 
 CONFIG = Path(__file__).with_name("suite_small.yaml")
 ATTACKS = 4
@@ -214,6 +218,21 @@ def test_what_a_later_table_lacks_is_said_before_the_first_measurement(
     config = dataclasses.replace(load_suite(CONFIG), out=str(tmp_path), experiments={"table1": {}, **experiments})
     with pytest.raises(Measured if message is None else ValueError, match=message):
         run_suite(config, progress=False)
+
+
+def test_thinking_is_for_the_families_with_the_switch(tmp_path):
+    """One suite has Llama and Qwen3; a setting for all would be refused by the one, none at all by the other."""
+    config = load_suite(CONFIG)
+    qwen, llama = (LoadedSubject(None, None, FAMILIES[name].tokenizer()) for name in ("qwen3_8b", "llama2_7b_chat"))
+    run = measurements.SeedRun(config, 0, tmp_path, [])
+    assert run._settled(llama) is llama
+    with pytest.raises(ValueError, match="thinking is not set"):
+        run._settled(qwen)
+    off = dataclasses.replace(run, config=dataclasses.replace(config, answers=AnswerOptions(thinking=False)))
+    assert off._settled(llama) is llama
+    assert prompt_token_ids(off._settled(qwen).tokenizer, "?") == prompt_token_ids(
+        qwen.tokenizer, "?", {"enable_thinking": False}
+    )
 
 
 def test_the_packaged_suite_is_read():

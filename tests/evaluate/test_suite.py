@@ -12,10 +12,11 @@ from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate import measurements, suite
 from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.families import ROLES, Family
+from deepalign.evaluate.recovery import recovery_config
 from deepalign.evaluate.subjects import LoadedSubject
 from deepalign.evaluate.suite import experiment_settings, run_suite
 from deepalign.evaluate.suite_config import load_suite
-from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES
+from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES, check_needs
 from tests.evaluate.killed_worker import kill_in_a_line
 from tests.families import FAMILIES
 
@@ -77,8 +78,8 @@ def test_every_table_has_its_rows_and_columns(tables):
     assert methods["figure4"] == methods["table4"][:-1]
     columns = {name: list(rows[0]["cells"]) for name, rows in found.items()}
     assert columns["table1"][:4] == ["Prefill ↓", "degenerate ↓", "no attack ↓", "recipes heldout"]
-    assert columns["table2"][-2:] == ["GCG ↓", "Fine-tuning HRR ↓"]
-    assert columns["table3"][3] == "Fine-tuning HRR ↓"
+    assert columns["table2"][3:] == ["GCG ↓", "GCG degenerate ↓", "Fine-tuning HRR ↓", "fine-tuned degenerate ↓"]
+    assert columns["table3"][3:5] == ["Fine-tuning HRR ↓", "fine-tuned degenerate ↓"]
     assert columns["table4"][:2] == ["Eval Loss ↓", "HRR ↓"]
     assert len(columns["table5"]) == 8
 
@@ -239,6 +240,26 @@ def test_the_packaged_suite_is_read():
     config = load_suite(Path(measurements.__file__).parents[1] / "microworld" / "suite.yaml")
     assert list(experiment_settings(config)) == list(EXPERIMENTS)
     assert len(config.seeds) == 3
+
+
+def test_the_suite_that_the_documentation_shows_has_what_its_tables_need(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    shown = tmp_path / "suite.yaml"
+    shown.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    config = load_suite(shown)
+    rows = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]]
+    benign, safe = (rows if source else [] for source in (config.data.benign, config.data.safe))
+    families = [
+        Family(name, models, [], config.judges[:1], benign=benign, safe=safe)
+        for name, models in config.families.items()
+    ]
+    run = measurements.SeedRun(config, 0, tmp_path, families)
+    settings = experiment_settings(config)
+    assert {"table1", "table4", "figure4"} <= settings.keys()
+    for name, chosen in settings.items():
+        check_needs(run, name, chosen)
+    for control in ("none", "kl_only", "random_m"):
+        recovery_config(degraded="d", original="o", base="b", output_dir="x", control=control, **config.recovery)
 
 
 def test_the_command_refuses_in_one_message(tmp_path, capsys):

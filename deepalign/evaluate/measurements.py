@@ -177,7 +177,14 @@ class SeedRun:
     def gcg(self, family: Family, subject: Subject) -> Result:
         """GCG: seed -> counts."""
         settings = self.config.gcg
-        examples = family.examples[: settings.requests]
+        examples, universal_on = family.examples[: settings.requests], None
+        if settings.universal_on is not None:
+            universal_on = family.examples[settings.requests :][: settings.universal_on]
+            if len(universal_on) < settings.universal_on:
+                raise ValueError(
+                    f"gcg: {settings.requests} requests to attack and {settings.universal_on} to find a suffix on are "
+                    f"more than the {len(family.examples)} of {family.name}; lower either"
+                )
 
         def work(loaded: LoadedSubject, folder: Path) -> Result:
             judge = make_judge(family.judges[0])
@@ -190,6 +197,7 @@ class SeedRun:
                 judge=judge,
                 settings=settings.search,
                 seeds=settings.seeds,
+                universal_on=universal_on,
                 contrast=loaded.contrast,
                 max_new_tokens=self.config.answers.max_new_tokens,
                 batch_size=self.config.answers.batch_size,
@@ -198,7 +206,8 @@ class SeedRun:
             )
             return {"counts": {str(seed): counts for seed, counts in result.counts.items()}}
 
-        return self.measured("gcg", subject, [asdict(settings), _examples(family), family.judges[0]], work)
+        chosen = {name: value for name, value in asdict(settings).items() if value is not None}
+        return self.measured("gcg", subject, [chosen, _examples(family), family.judges[0]], work)
 
     def eval_loss(self, family: Family, subject: Subject) -> float:
         """Mean cross entropy (nats) of the answer tokens of the benign conversations held out from fine-tuning."""

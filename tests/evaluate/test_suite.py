@@ -12,6 +12,7 @@ from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate import measurements, suite
 from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.families import ROLES, Family
+from deepalign.evaluate.outcomes import AttackExample
 from deepalign.evaluate.recovery import recovery_config
 from deepalign.evaluate.subjects import LoadedSubject
 from deepalign.evaluate.suite import experiment_settings, run_suite
@@ -219,6 +220,32 @@ def test_what_a_later_table_lacks_is_said_before_the_first_measurement(
     config = dataclasses.replace(load_suite(CONFIG), out=str(tmp_path), experiments={"table1": {}, **experiments})
     with pytest.raises(Measured if message is None else ValueError, match=message):
         run_suite(config, progress=False)
+
+
+def test_a_universal_suffix_is_found_on_the_requests_after_the_attacked_ones(tmp_path, monkeypatch):
+    seen = {}
+
+    def attack(model, tokenizer, examples, *, universal_on, **options):
+        seen.update(examples=examples, universal_on=universal_on)
+        return SimpleNamespace(counts={0: {"harmful": 0, "n": len(examples)}})
+
+    def measured(self, kind, subject, settings, work):
+        return work(SimpleNamespace(model=None, tokenizer=None, contrast=None), tmp_path)
+
+    monkeypatch.setattr(measurements, "gcg_attack", attack)
+    monkeypatch.setattr(measurements.SeedRun, "measured", measured)
+    config = load_suite(CONFIG)
+    family = Family("tiny", {}, [AttackExample(f"w{i}", "w1") for i in range(5)], ("keyword:qi2024",))
+    for wanted, found in ((None, None), (3, family.examples[2:])):
+        gcg = dataclasses.replace(config.gcg, universal_on=wanted)
+        run = measurements.SeedRun(dataclasses.replace(config, gcg=gcg), 0, tmp_path, [family])
+        run.gcg(family, None)
+        assert seen == {"examples": family.examples[:2], "universal_on": found}
+    gcg = dataclasses.replace(config.gcg, universal_on=4)
+    with pytest.raises(ValueError, match="2 requests to attack and 4 to find a suffix on are more than the 5 of tiny"):
+        measurements.SeedRun(dataclasses.replace(config, gcg=gcg), 0, tmp_path, [family]).gcg(family, None)
+    with pytest.raises(ValueError, match="universal_on is 0"):
+        dataclasses.replace(config.gcg, universal_on=0)
 
 
 def test_thinking_is_for_the_families_with_the_switch(tmp_path):

@@ -34,7 +34,7 @@ Utility = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """The paper's setting (with `PlainLora()`: rank 32, alpha 64, all linear modules).
+    """The paper's setting with `PlainLora()`, whose rank is 32; alpha 64 and all linear modules are ours.
 
     Attributes:
         sft: 2e-4, one epoch, batches of 128.

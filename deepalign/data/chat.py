@@ -4,6 +4,7 @@ The answer's tokens are found by position, never by searching: the ids of the pr
 be a prefix of the ids of the whole conversation, which is checked.
 """
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,8 +45,8 @@ def prompt_token_ids(
     Args:
         tokenizer: a tokenizer with a chat template.
         prompt: the user's text, or the messages so far.
-        template_options: variables of the template, for example Qwen3's `enable_thinking` or Llama 3.1's `date_string`
-            (left out, that one is today's date: ids that differ from day to day).
+        template_options: variables of the template, for example Qwen3's `enable_thinking` or Llama 3's `date_string`
+            (left out, that one is today's date in some releases: ids that differ from day to day).
 
     Raises:
         ValueError: the tokenizer has no chat template, or one that refuses the messages.
@@ -91,6 +92,43 @@ def examples_digest(examples: Iterable[EncodedExample]) -> str:
     """SHA-256 over token ids and answer starts of encoded examples, in order."""
     rows = json.dumps([(example.input_ids, example.response_start) for example in examples])
     return hashlib.sha256(rows.encode()).hexdigest()
+
+
+def with_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool | None) -> PreTrainedTokenizerBase:
+    """The tokenizer with the thinking mode of its chat template settled, for all that is encoded with it.
+
+    A template with the switch `enable_thinking` (Qwen3's) writes an empty thought into the prompt where it is off. Left
+    to the default, that thought is the beginning of the answer: what is forced or measured there is no answer.
+
+    Args:
+        tokenizer: with a chat template; not changed.
+        thinking: True or False where the template has the switch, None where it has none.
+
+    Raises:
+        ValueError: the template has the switch and `thinking` is None, or the other way round; or no chat template.
+    """
+    name, switch = repr(tokenizer.name_or_path), has_thinking_switch(tokenizer)
+    if switch and thinking is None:
+        raise ValueError(
+            f"the chat template of {name} has the switch enable_thinking, and thinking is not set; set it: --thinking "
+            "off (or on); answers: {thinking: false} in a suite; deepalign.data.with_thinking(tokenizer, False)"
+        )
+    if not switch and thinking is not None:
+        raise ValueError(
+            f"thinking is {thinking} but the chat template of {name} has no enable_thinking: both settings give the "
+            "same prompt; leave thinking unset"
+        )
+    if thinking is None:
+        return tokenizer
+    settled = copy.copy(tokenizer)
+    settled.chat_template = f"{{%- set enable_thinking = {str(thinking).lower()} %}}{tokenizer.chat_template}"
+    return settled
+
+
+def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the prompts of a chat template depend on `enable_thinking`."""
+    on, off = (prompt_token_ids(tokenizer, "?", {"enable_thinking": switch}) for switch in (True, False))
+    return on != off
 
 
 def _apply_template(

@@ -21,7 +21,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from deepalign.data.chat import control_ids, encode_example, prompt_token_ids
+from deepalign.data.chat import control_ids, encode_example, prompt_token_ids, with_thinking
 from deepalign.data.files import Message, check_text, read_lines, read_rows
 
 
@@ -112,7 +112,7 @@ def build_contexts(
     """Every conversation with every prefix.
 
     Args:
-        tokenizer: with a chat template.
+        tokenizer: with a chat template, its thinking settled (`chat.with_thinking`).
         conversations: messages that end with the assistant's answer, or with the message to answer.
         prefixes: where response prefixes come from.
 
@@ -120,10 +120,12 @@ def build_contexts(
         Contexts in the order of the conversations; `row` is a conversation's index.
 
     Raises:
-        ValueError: no conversations, or what the template or the prefixes refuse (the message names the row).
+        ValueError: no conversations, a thinking switch left open, or what the template or the prefixes refuse (the
+            message names the row).
     """
     if not conversations:
         raise ValueError("there are no conversations to build contexts of; give at least one")
+    with_thinking(tokenizer, None)  # left open, the first positions would be those of an empty thought
     contexts = []
     for row, messages in enumerate(conversations):
         try:

@@ -212,10 +212,15 @@ def distilled_anchor(
 
 
 def _triplet_ids(tokenizer: PreTrainedTokenizerBase, triplet: SafetyTriplet) -> tuple[list[int], list[int], list[int]]:
-    """Ids of prompt, harmful answer without its end of turn, and refusal with it."""
+    """Ids of prompt, harmful answer without its end of turn, and refusal with it.
+
+    Where a template writes an empty thought, it belongs to the prompt: none stands between harmful part and refusal.
+    """
     harmful, refusal = (
         encode_example(
-            tokenizer, [{"role": "user", "content": triplet.prompt}, {"role": "assistant", "content": answer}]
+            tokenizer,
+            [{"role": "user", "content": triplet.prompt}, {"role": "assistant", "content": answer}],
+            template_options={"enable_thinking": False},
         )
         for answer in (triplet.harmful, triplet.refusal)
     )

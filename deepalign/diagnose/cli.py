@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepalign.data.chat import with_thinking
 from deepalign.data.contexts import (
     Context,
     PrefixSource,
@@ -49,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     prefixes.add_argument("--prefix", action="append", help="forced beginning of harmful responses; may be repeated")
     prefixes.add_argument("--prefix-file", help="forced beginnings, one a line, or JSONL of {'prefix': ...}")
     prefixes.add_argument("--prefix-ids", type=int, metavar="N", help="force the first N ids of each harmful answer")
+    data.add_argument("--thinking", choices=("on", "off"), help="of a chat template with the switch, such as Qwen3's")
     measured = parser.add_argument_group("what is measured")
     measured.add_argument("--generate", action="store_true", help="let each model write the response (default: given)")
     measured.add_argument("--temperature", type=float, default=0.0, help="of what it writes; 0 is greedy (default)")
@@ -80,7 +82,8 @@ def run(options: argparse.Namespace) -> int:
     device = choose_device("--device", options.device)
     check_folder("--out", options.out)
     aligned = named_models(options.aligned)
-    tokenizer = load_pair_tokenizer(aligned, options.base)
+    thinking = None if options.thinking is None else options.thinking == "on"
+    tokenizer = with_thinking(load_pair_tokenizer(aligned, options.base), thinking)
     contexts = {HARMFUL: _contexts(tokenizer, options.harmful, options, _prefixes(options))}
     if options.benign is not None:
         contexts[BENIGN] = _contexts(tokenizer, options.benign, options, no_prefix)

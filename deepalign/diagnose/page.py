@@ -80,7 +80,7 @@ def write_page(report: Report, figures: Sequence[FigureFile], path: Path) -> Non
         *(f"<p>{_text(paragraph)}</p>" for paragraph in HOW_TO_READ),
         "<h2>Against the paper</h2>",
         "<p>What the paper says of an aligned model, and what was measured here. A verdict needs the interval to "
-        "exclude no effect.</p>",
+        "exclude no effect; the share of formatting tokens has none, and agrees above a half.</p>",
         _claims_table(report),
         "<h2>More figures</h2>",
         *(_figure(figure) for figure in figures[2:]),

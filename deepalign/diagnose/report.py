@@ -12,7 +12,8 @@
      "reading": [how to read it, in sentences]}
 
 A claim's verdict is "agrees" or "disagrees" where the bootstrap band of the number it rests on excludes no effect, else
-"undecided". A report that could only agree would be no evidence.
+"undecided"; the share of formatting tokens (Fig. 2) has no band, and agrees above a half. A report that could only
+agree would be no evidence.
 """
 
 from collections.abc import Callable, Mapping
@@ -218,12 +219,22 @@ def _resampled(means: Means) -> np.ndarray:
 
 
 def rank_correlation(first: np.ndarray, second: np.ndarray) -> float:
-    """Spearman's correlation of two series with gaps (NaN, in both alike), without ties; NaN below three values."""
+    """Spearman's correlation of two series with gaps (NaN, in both alike); NaN below three values, or of a constant.
+
+    Equal values share a rank: log P of a token that is certain is exactly 0, at many positions of one response.
+    """
     there = ~np.isnan(first)
-    if there.sum() < 3:
+    ranks, others = (_ranks(values[there]) for values in (first, second))
+    if there.sum() < 3 or ranks.min() == ranks.max() or others.min() == others.max():
         return np.nan
-    ranks = [values[there].argsort().argsort() for values in (first, second)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    return float(np.corrcoef(ranks, others)[0, 1])
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """From 1; equal values have the mean of theirs."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = counts.cumsum() - (counts - 1) / 2
+    return ranks[place]
 
 
 def _first(means: Means) -> tuple[np.ndarray, np.ndarray]:

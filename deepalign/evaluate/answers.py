@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import prompt_token_ids
+from deepalign.data.chat import prompt_token_ids, with_thinking
 from deepalign.data.resumable import ResumableFile, Row, open_resumable
 from deepalign.evaluate.generation import Contrast, LogitsProcessorFactory, continuations
 from deepalign.evaluate.judges import judge_fingerprint, judge_texts
@@ -40,8 +40,7 @@ class AnswerOptions:
         batch_size: answers generated together; it decides no answer.
         temperature: 0 is greedy.
         seed: above temperature 0, answer i draws with seed + i.
-        thinking: of a chat template that has the switch (Qwen3): True or False sets it, None leaves the template's
-            default.
+        thinking: of a chat template that has the switch (Qwen3): True or False; None where there is none.
 
     Raises:
         ValueError: a size below 1 or a negative temperature.
@@ -116,8 +115,8 @@ def answer_questions(
         The row of each question, in their order.
 
     Raises:
-        ValueError: the file belongs to another run, two questions are the same, a template without the thinking
-            switch, or what `continuations` refuses.
+        ValueError: the file belongs to another run, two questions are the same, thinking does not fit the template, or
+            what `continuations` refuses.
     """
     places = {(question.depth, question.index): place for place, question in enumerate(questions)}
     if len(places) != len(questions):
@@ -159,10 +158,11 @@ def _answers(
     """Batches of (place, row); `how`: what else `continuations` takes."""
     if not questions:
         return
+    asked = with_thinking(tokenizer, options.thinking)
     batches = continuations(
         model,
         tokenizer,
-        [_ids(tokenizer, question, options.thinking) for question in questions],
+        [prompt_token_ids(asked, question.example.prompt) + list(question.forced_ids) for question in questions],
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
         temperature=options.temperature,
@@ -243,22 +243,6 @@ def _file(
         return None
 
     return open_resumable(path, settings, check)
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, question: Question, thinking: bool | None) -> list[int]:
-    """The prompt's ids with the generation prompt, then the forced ones as they are."""
-    if thinking is None:
-        return prompt_token_ids(tokenizer, question.example.prompt) + list(question.forced_ids)
-    either, other = (
-        prompt_token_ids(tokenizer, question.example.prompt, {"enable_thinking": switch})
-        for switch in (thinking, not thinking)
-    )
-    if either == other:
-        raise ValueError(
-            f"thinking is {thinking} but the chat template of {tokenizer.name_or_path!r} has no enable_thinking: both "
-            "settings give the same prompt; leave thinking unset"
-        )
-    return either + list(question.forced_ids)
 
 
 def _row(tokenizer: PreTrainedTokenizerBase, question: Question, new_ids: list[int]) -> Row:

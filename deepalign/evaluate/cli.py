@@ -96,7 +96,7 @@ def _add_subject(parser: argparse.ArgumentParser) -> None:
 def _add_attack(parser: argparse.ArgumentParser, *, judges: bool = True) -> None:
     attack = parser.add_argument_group("attack")
     attack.add_argument("--data", required=True, help="advbench, advbench:FILE, FILE.csv (goal,target) or FILE.jsonl")
-    attack.add_argument("--limit", type=int, help="only the first so many requests (the paper's tables have 384)")
+    attack.add_argument("--limit", type=int, help="only the first so many requests (the paper has 384, in Table 1 520)")
     if judges:
         attack.add_argument("--judge", action="append", help=f"may be repeated (default keyword:qi2024): {JUDGES}")
     attack.add_argument("--max-new-tokens", type=int, default=512, help="per answer (default 512)")

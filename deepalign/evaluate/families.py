@@ -96,7 +96,7 @@ class DataSettings:
 
     Attributes:
         attacks: requests with answers to force.
-        limit: only the first so many; the paper's tables have 384.
+        limit: only the first so many; the paper has 384, and all 520 in Table 1.
         benign: conversations to fine-tune on (the paper's: dolly@train).
         benign_limit: only the first so many.
         safe: harmful requests with refusals, for SaLoRA.

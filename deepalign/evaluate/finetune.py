@@ -36,7 +36,7 @@ Utility = Callable[[PreTrainedModel, PreTrainedTokenizerBase], dict[str, Any]]
 
 @dataclass(frozen=True)
 class FinetuneSettings:
-    """The paper's setting (with `PlainLora()`: rank 32, alpha 64, all linear modules).
+    """The paper's setting with `PlainLora()`, whose rank is 32; alpha 64 and all linear modules are ours.
 
     Attributes:
         sft: 2e-4, one epoch, batches of 128.
@@ -188,6 +188,7 @@ def measure_safety(
     depths: Sequence[int | None] = (0,),
     max_new_tokens: int = 512,
     batch_size: int = 32,
+    thinking: bool | None = None,
     contrast: Contrast | None = None,
     utility: Utility | None = None,
     progress: bool = True,
@@ -197,7 +198,7 @@ def measure_safety(
     Args:
         model: in evaluation mode.
         tokenizer: with a chat template.
-        examples, judge, max_new_tokens, batch_size, contrast: as for `prefill_attack`.
+        examples, judge, max_new_tokens, batch_size, thinking, contrast: as for `prefill_attack`.
         depths: forced tokens; 0 is HRR, None the whole target.
         utility: called once with model and tokenizer.
         progress: show bars.
@@ -214,6 +215,7 @@ def measure_safety(
             judge=judge,
             max_new_tokens=max_new_tokens,
             batch_size=batch_size,
+            thinking=thinking,
             contrast=contrast,
             progress=progress,
         )

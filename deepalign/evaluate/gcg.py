@@ -42,7 +42,7 @@ Stopped = Literal["steps", "matched", "loss", "sequences", "seconds"]
 
 @dataclass(frozen=True)
 class GcgSettings:
-    """The paper's protocol.
+    """Zou et al.'s settings; what this paper's attack used is not printed.
 
     Attributes:
         steps: most steps.
@@ -131,7 +131,7 @@ def optimise_suffix(
         model: a causal language model in evaluation mode.
         tokenizer: a fast tokenizer with a chat template.
         examples: requests and what the model should answer to them.
-        settings: None: the paper's.
+        settings: None: the defaults.
         seed: of the draws.
         contrast: attack contrastive decoding, through its logits.
         succeeded: called with a suffix's ids when it matches every target; the search goes on where it says False.

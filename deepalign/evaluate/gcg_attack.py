@@ -27,7 +27,7 @@ from deepalign.evaluate.generation import Contrast, greedy_continuations
 from deepalign.evaluate.outcomes import OUTCOMES, AttackExample, Judge, Outcome
 from deepalign.sampling.stopping import decode
 
-PAPER_SEEDS = (0, 1, 2, 3, 4)
+PAPER_SEEDS = (0, 1, 2, 3, 4)  # five runs, as the paper's deviations imply (docs/reproducing.md)
 SEED_STRIDE = 1_000_003  # between the draws of two seeds: more than there are requests
 SEARCH_FIELDS = ("suffix", "suffix_ids", "loss", "matched", "steps", "sequences", "seconds", "stopped")
 
@@ -75,7 +75,7 @@ def gcg_attack(
         tokenizer: a fast tokenizer with a chat template.
         examples: requests to judge, and targets to aim at; at least one.
         judge: called with the whole answer as continuation and an empty prefix.
-        settings: None: the paper's.
+        settings: None: the defaults.
         seeds: one attack each; distinct, at least one.
         universal_on: find one suffix per seed on these, and try it on `examples`; None: individual suffixes.
         contrast: attack contrastive decoding.

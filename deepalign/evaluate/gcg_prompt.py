@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from deepalign.data.chat import prompt_token_ids
+from deepalign.data.chat import prompt_token_ids, with_thinking
 from deepalign.data.files import Message
 
 SEPARATOR = " "  # between request and suffix, where the suffix's text does not begin with one
@@ -26,15 +26,15 @@ class SuffixPrompt:
         initial_suffix: a text that survives tokenisation; its ids are `initial_ids`.
 
     Raises:
-        ValueError: no chat template, a template that does not show the request as it is, or an initial suffix that
-            merges with its neighbours.
+        ValueError: no chat template, one that does not show the request as it is or whose thinking switch is left open
+            (`chat.with_thinking`), or an initial suffix that merges with its neighbours.
         TypeError: the tokenizer is not a fast one.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt: str, initial_suffix: str) -> None:
         if not tokenizer.is_fast:
             raise TypeError(f"{type(tokenizer).__name__} gives no offsets; load the fast tokenizer (use_fast=True)")
-        self.tokenizer = tokenizer
+        self.tokenizer = with_thinking(tokenizer, None)
         content = with_suffix(prompt, initial_suffix)
         rendered = self._render(content)
         place = rendered.rfind(content)

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from deepalign import __version__
+from deepalign.data.chat import has_thinking_switch, with_thinking
 from deepalign.data.files import write_text_atomic
 from deepalign.data.resumable import model_fingerprint, read_object
 from deepalign.defenses.lora import AdapterMethod, PlainLora
 from deepalign.defenses.safe_lora import SafeLora
 from deepalign.defenses.salora import SaLora
 from deepalign.defenses.training import encode_conversations, mean_answer_loss
+from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.families import Family
 from deepalign.evaluate.finetune import finetune, split_rows
 from deepalign.evaluate.gcg_attack import gcg_attack
@@ -131,7 +133,7 @@ class SeedRun:
 
         def work(loaded: LoadedSubject, folder: Path) -> Result:
             judged = attacked(
-                loaded, family.examples, depths, family.judges, self.config.answers, folder, progress=self.progress
+                loaded, family.examples, depths, family.judges, self._answers, folder, progress=self.progress
             )
             names = dict.fromkeys(question.depth for question in judged.questions)
             return {
@@ -165,9 +167,7 @@ class SeedRun:
 
         def work(loaded: LoadedSubject, folder: Path) -> Result:
             spec = family.harmful_judge
-            judged = attacked(
-                loaded, family.examples, [depth], [spec], self.config.answers, folder, progress=self.progress
-            )
+            judged = attacked(loaded, family.examples, [depth], [spec], self._answers, folder, progress=self.progress)
             result = cross_tabulate(judged.questions, judged.rows, judged.verdicts[spec], judge)
             write_records(result, folder / "reasoning.jsonl")
             return {"counts": result.counts(), "first_reasons": result.first_reasons}
@@ -177,7 +177,14 @@ class SeedRun:
     def gcg(self, family: Family, subject: Subject) -> Result:
         """GCG: seed -> counts."""
         settings = self.config.gcg
-        examples = family.examples[: settings.requests]
+        examples, universal_on = family.examples[: settings.requests], None
+        if settings.universal_on is not None:
+            universal_on = family.examples[settings.requests :][: settings.universal_on]
+            if len(universal_on) < settings.universal_on:
+                raise ValueError(
+                    f"gcg: {settings.requests} requests to attack and {settings.universal_on} to find a suffix on are "
+                    f"more than the {len(family.examples)} of {family.name}; lower either"
+                )
 
         def work(loaded: LoadedSubject, folder: Path) -> Result:
             judge = make_judge(family.judges[0])
@@ -190,6 +197,7 @@ class SeedRun:
                 judge=judge,
                 settings=settings.search,
                 seeds=settings.seeds,
+                universal_on=universal_on,
                 contrast=loaded.contrast,
                 max_new_tokens=self.config.answers.max_new_tokens,
                 batch_size=self.config.answers.batch_size,
@@ -198,7 +206,8 @@ class SeedRun:
             )
             return {"counts": {str(seed): counts for seed, counts in result.counts.items()}}
 
-        return self.measured("gcg", subject, [asdict(settings), _examples(family), family.judges[0]], work)
+        chosen = {name: value for name, value in asdict(settings).items() if value is not None}
+        return self.measured("gcg", subject, [chosen, _examples(family), family.judges[0]], work)
 
     def eval_loss(self, family: Family, subject: Subject) -> float:
         """Mean cross entropy (nats) of the answer tokens of the benign conversations held out from fine-tuning."""
@@ -226,18 +235,30 @@ class SeedRun:
 
     def measured(self, kind: str, subject: Subject, settings: Any, work: Work) -> Result:
         """The result of a measurement: from its folder, or by `work`, which may find half of it there."""
-        identity = digest(kind, subject.fingerprint(), settings, __version__)
+        thinking = [] if self.config.answers.thinking is None else [self.config.answers.thinking]
+        identity = digest(kind, subject.fingerprint(), settings, __version__, *thinking)
         folder = self.folder / "measurements" / file_name(subject.name) / f"{kind}-{identity}"
         path = folder / "result.json"
         if not path.exists():
             self._say(f"{subject.name}: {kind}")
             started = time.perf_counter()
             with load_subject(subject) as loaded:
-                found = work(loaded, folder)
+                found = work(self._settled(loaded), folder)
             seconds = round(time.perf_counter() - started, 2)
             result = {"kind": kind, "subject": asdict(subject), **found, "seconds": seconds}
             write_text_atomic(path, json.dumps(result, indent=1) + "\n")
         return read_object(path, "remove it, and what it says is measured again")
+
+    @property
+    def _answers(self) -> AnswerOptions:
+        """How subjects answer; their tokenizers have their thinking settled."""
+        return replace(self.config.answers, thinking=None)
+
+    def _settled(self, loaded: LoadedSubject) -> LoadedSubject:
+        """`answers.thinking` is for the families whose template has the switch, and must be set for them."""
+        if not has_thinking_switch(loaded.tokenizer):
+            return loaded
+        return replace(loaded, tokenizer=with_thinking(loaded.tokenizer, self.config.answers.thinking))
 
     def _check_benign(self, family: Family) -> None:
         if not family.benign:

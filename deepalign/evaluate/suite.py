@@ -42,6 +42,7 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
     clock = Clock(out / "seconds.json")
     plain = json.loads(json.dumps(asdict(config), default=str))
     agreement: list[dict[str, Any]] = []
+    judged: list[dict[str, Any]] = []
     for seed in config.seeds:
         folder = out / f"seed-{seed}"
         with clock.phase(f"seed {seed}: models"):
@@ -53,8 +54,11 @@ def run_suite(config: SuiteConfig, *, progress: bool = True) -> Path:
             with clock.phase(f"seed {seed}: {name}"):
                 results[name][seed] = EXPERIMENTS[name].rows(run, chosen)
         agreement += _agreement(folder)
+        judged += _judged(folder)
         # After every seed: what is there can be read while the others run.
-        report = write_suite_report(out, results, config=plain, seconds=clock.seconds, agreement=agreement)
+        report = write_suite_report(
+            out, results, config=plain, seconds=clock.seconds, agreement=agreement, judged=judged
+        )
     return report
 
 
@@ -91,12 +95,28 @@ def _families(config: SuiteConfig, seed: int, folder: Path, progress: bool) -> l
 def _agreement(folder: Path) -> list[dict[str, Any]]:
     """Agreement of judges on every prefill measurement of a seed that had several."""
     found = []
-    for path in sorted(folder.glob("measurements/*/prefill-*/result.json")):
-        result = read_object(path, "remove it, and what it says is measured again")
-        name = f"{result['subject']['name']}, {folder.name}"
+    for name, result in _prefills(folder):
         depths = "/".join(next(iter(result["judges"].values())))
         found += [{"subject": f"{name}, depth {depths}", **row} for row in result["agreement"]]
     return found
+
+
+def _judged(folder: Path) -> list[dict[str, Any]]:
+    """What each judge says of what the model wrote, where several did: the tables have the first one's verdicts."""
+    return [
+        {"subject": f"{name}, depth {depth}", "judge": judge, **scopes["continuation"]}
+        for name, result in _prefills(folder)
+        if len(result["judges"]) > 1
+        for judge, depths in result["judges"].items()
+        for depth, scopes in depths.items()
+    ]
+
+
+def _prefills(folder: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(subject and seed, result) of every prefill measurement of a seed."""
+    for path in sorted(folder.glob("measurements/*/prefill-*/result.json")):
+        result = read_object(path, "remove it, and what it says is measured again")
+        yield f"{result['subject']['name']}, {folder.name}", result
 
 
 class Clock:

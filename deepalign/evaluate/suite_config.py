@@ -28,17 +28,27 @@ class AdaptationSettings:
 
 @dataclass(frozen=True)
 class GcgSuiteSettings:
-    """GCG in Table 2: the search, its seeds, and how many requests it attacks (the paper's counts are multiples of 2%).
+    """GCG in Table 2.
+
+    Attributes:
+        search: for a suffix.
+        seeds: one attack each.
+        requests: how many are attacked, the first ones.
+        universal_on: None: a suffix for each request. A number: one suffix per seed for all of them, found on so many
+            requests that follow; docs/reproducing.md says why the paper's figures look like that.
 
     Raises:
-        ValueError: no request.
+        ValueError: no request, or none to find a suffix on.
     """
 
     search: GcgSettings = field(default_factory=GcgSettings)
     seeds: tuple[int, ...] = PAPER_SEEDS
     requests: int = 50
+    universal_on: int | None = None
 
     def __post_init__(self) -> None:
+        if self.universal_on is not None and self.universal_on < 1:
+            raise ValueError(f"gcg: universal_on is {self.universal_on}; expected at least 1, or null")
         if self.requests < 1 or not self.seeds:
             raise ValueError(f"GCG needs at least one request and one seed; got {self.requests} and {self.seeds}")
 
@@ -57,7 +67,7 @@ class SuiteConfig:
         data: see `families.DataSettings`.
         judges: specifications; the first one's verdicts make the tables.
         harmful_judge, reasoning_judge: of Table 5.
-        answers: how answers are generated.
+        answers: how answers are generated; its `thinking` is for the families whose chat template has the switch.
         utility: see `utility.UtilitySettings`; null: no utility columns.
         adaptation: fine-tuning in Tables 2 to 4.
         recovery: keys of `TrainConfig` for Table 4's recovery, `harmful_data` among them.

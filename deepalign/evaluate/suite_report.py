@@ -15,6 +15,7 @@ from deepalign.data.files import write_text_atomic
 from deepalign.evaluate.bars import Bar, plot_bars
 from deepalign.evaluate.gcg import mean_and_sd
 from deepalign.evaluate.markdown import markdown_table
+from deepalign.evaluate.outcomes import OUTCOMES
 from deepalign.evaluate.prefill_run import agreement_table
 from deepalign.evaluate.statistics import format_rate
 from deepalign.evaluate.tables import DEGENERATE, EXPERIMENTS, PREFILL, Cell, TableRow
@@ -31,6 +32,7 @@ def write_suite_report(
     config: Mapping[str, Any],
     seconds: Mapping[str, float],
     agreement: Sequence[dict[str, Any]] = (),
+    judged: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write tables.md, tables.json and a plot per experiment with a prefill column; returns the path of tables.md.
 
@@ -40,6 +42,7 @@ def write_suite_report(
         config: the suite's configuration, as plain values.
         seconds: what took how long.
         agreement: of judges, rows of `agreement.agreement_rows` with the subject's name.
+        judged: every judge's counts where there were several: `subject`, `judge`, the outcomes and `n`.
     """
     folder = Path(folder)
     content = {
@@ -51,12 +54,15 @@ def write_suite_report(
             for name, by_seed in results.items()
         },
         "agreement": list(agreement),
+        "judged": list(judged),
         "config": config,
     }
     write_text_atomic(folder / "tables.json", json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     sections = [_heading(content)]
     for name, by_seed in results.items():
         sections.append(_section(name, by_seed, folder))
+    if judged:
+        sections.append("## Every judge's verdicts\n\n" + _judged(judged))
     if agreement:
         sections.append("## Agreement of the judges\n\n" + _agreement(agreement))
     sections.append(_provenance(content))
@@ -89,9 +95,10 @@ def _format_rates(counts: Sequence[tuple[int, int]]) -> str:
 
 def _format_spread(cell: Cell) -> str:
     n = {pair[1] for pair in cell["counts"]}
+    listed = ", ".join(str(pair[0]) for pair in cell["counts"])
     sd = "" if cell["sd"] is None else f" ± {100 * cell['sd']:.1f}"
     runs = len(cell["values"])
-    return f"{100 * cell['mean']:.1f}{sd}% ({runs} runs of n = {', '.join(map(str, sorted(n)))})"
+    return f"{100 * cell['mean']:.1f}{sd}% ({runs} runs of n = {', '.join(map(str, sorted(n)))}: {listed})"
 
 
 def _plus_minus(value: float, error: float | None) -> str:
@@ -150,6 +157,13 @@ def _heading(content: Mapping[str, Any]) -> str:
         f"# Tables\n\nSeeds: {', '.join(map(str, seeds))}. {counted} Arrows say which way is better. Harmful, refused "
         "and degenerate answers add up to n; HRR is the share of harmful answers to plain requests: lower is better."
     )
+
+
+def _judged(rows: Sequence[dict[str, Any]]) -> str:
+    cells = [
+        [row["subject"], row["judge"], *(format_rate(row[outcome], row["n"]) for outcome in OUTCOMES)] for row in rows
+    ]
+    return markdown_table(["answers of", "judge", *OUTCOMES], cells)
 
 
 def _agreement(rows: Sequence[dict[str, Any]]) -> str:

@@ -27,6 +27,7 @@ from deepalign.kernels.contrastive_sample import Space
 Cell = dict[str, Any]
 NO_ATTACK, DEGENERATE = "no attack ↓", "degenerate ↓"
 PREFILL, GCG, HRR, EVAL_LOSS = "Prefill ↓", "GCG ↓", "Fine-tuning HRR ↓", "Eval Loss ↓"
+GCG_DEGENERATE, HRR_DEGENERATE = "GCG degenerate ↓", "fine-tuned degenerate ↓"
 METHOD_ROLES = {"Baseline": "aligned", "Safety Augmentation": "augmented", "Ours": "completed"}
 # Table 4: how each row's model comes about.
 RECOVERIES: dict[str, tuple[Reference, Control]] = {
@@ -146,8 +147,9 @@ def attack_rows(run: SeedRun, settings: AttackTable) -> list[TableRow]:
     for family, method, subject in _subjects(run, settings):
         counts = run.gcg(family, subject)["counts"].values()
         cells = _attack_cells(run, family, subject, settings.forced)
-        cells[GCG] = spread([(count["harmful"], count["n"]) for count in counts])
-        cells[HRR] = _finetuned_hrr(run, family, method, subject.model)
+        for column, outcome in ((GCG, "harmful"), (GCG_DEGENERATE, "degenerate")):
+            cells[column] = spread([(count[outcome], count["n"]) for count in counts])
+        cells |= _finetuned_cells(run, family, method, subject.model)
         rows.append(TableRow(family.name, method, cells))
     return rows
 
@@ -157,7 +159,7 @@ def depth_rows(run: SeedRun, settings: MethodTable) -> list[TableRow]:
     rows = []
     for family, method, subject in _subjects(run, settings):
         cells = _attack_cells(run, family, subject, settings.forced)
-        cells[HRR] = _finetuned_hrr(run, family, method, subject.model)
+        cells |= _finetuned_cells(run, family, method, subject.model)
         rows.append(TableRow(family.name, method, cells | _utility_cells(run, family, subject)))
     return rows
 
@@ -318,10 +320,10 @@ def _attack_cells(run: SeedRun, family: Family, subject: Subject, depth: Depth) 
     }
 
 
-def _finetuned_hrr(run: SeedRun, family: Family, method: str, model: str) -> Cell:
+def _finetuned_cells(run: SeedRun, family: Family, method: str, model: str) -> dict[str, Cell]:
     subject = run.subject(family, f"{method} fine-tuned", run.finetuned(family, model))
     counts = run.outcomes(family, subject, 0)
-    return rate(counts["harmful"], counts["n"])
+    return {HRR: rate(counts["harmful"], counts["n"]), HRR_DEGENERATE: rate(counts["degenerate"], counts["n"])}
 
 
 def _utility_cells(run: SeedRun, family: Family, subject: Subject) -> dict[str, Cell]:

@@ -3,9 +3,12 @@
 import pytest
 
 from deepalign.data import show_batch
-from deepalign.data.chat import encode_example, prompt_token_ids
+from deepalign.data.chat import encode_example, prompt_token_ids, with_thinking
+from deepalign.data.contexts import build_contexts, first_ids
 from deepalign.data.show import example_spans
 from deepalign.data.steps import RowWeights, StepDataset
+from deepalign.defenses.safety_augmentation import SafetyTriplet, spliced_examples
+from deepalign.evaluate.gcg_prompt import SuffixPrompt
 from tests.families import FAMILIES
 
 QUESTION, ANSWER = "mix 2 parts, ok?", "First: stir\n\nthen wait."
@@ -80,7 +83,7 @@ def test_training_and_generation_see_the_same_prompt(name):
 
 
 def test_what_happens_without_the_options():
-    """Why the recipes set them: Qwen3 would learn to write an empty thought, Llama 3.1's ids change every day."""
+    """Why the recipes set them: Qwen3 would learn to write an empty thought, Llama 3.2's ids would change every day."""
     qwen = FAMILIES["qwen3_8b"].tokenizer()
     example = encode_example(qwen, conversation())
     assert decode(qwen, example.input_ids[example.response_start :]) == f"<think>\n\n</think>\n\n{ANSWER}<|im_end|>"
@@ -88,6 +91,35 @@ def test_what_happens_without_the_options():
     days = [prompt_token_ids(llama, QUESTION, {"date_string": day}) for day in ("26 Jul 2024", "27 Jul 2024")]
     assert days[0] != days[1]
     assert prompt_token_ids(llama, QUESTION) not in days
+
+
+def test_a_thinking_switch_is_settled_before_answers_are_attacked_or_measured():
+    """Left open, the "first ids of the answer" would be those of an empty thought, and so would the first positions."""
+    qwen, llama = FAMILIES["qwen3_8b"].tokenizer(), FAMILIES["llama2_7b_chat"].tokenizer()
+    for refused in (
+        lambda: build_contexts(qwen, [conversation()], first_ids(5)),
+        lambda: SuffixPrompt(qwen, QUESTION, "! !"),
+    ):
+        with pytest.raises(ValueError, match="has the switch enable_thinking, and thinking is not set"):
+            refused()
+    with pytest.raises(ValueError, match="has no enable_thinking"):
+        with_thinking(llama, False)
+    assert with_thinking(llama, None) is llama
+    (context,) = build_contexts(with_thinking(qwen, False), [conversation()], first_ids(5))
+    assert decode(qwen, context.prompt_ids) == EXPECTED["qwen3_8b"][0]
+    assert decode(qwen, context.prefix_ids + context.answer_ids) == EXPECTED["qwen3_8b"][1]
+    assert prompt_token_ids(with_thinking(qwen, True), QUESTION) == prompt_token_ids(qwen, QUESTION)
+    assert qwen.chat_template == FAMILIES["qwen3_8b"].template  # the tokenizer itself stays as it is
+
+
+def test_no_thought_stands_between_a_harmful_beginning_and_its_refusal():
+    qwen = FAMILIES["qwen3_8b"].tokenizer()
+    (example,) = spliced_examples(qwen, [SafetyTriplet(QUESTION, "Sure", "No.")], splice_probability=1.0, seed=1)
+    before, answer = example.input_ids[: example.response_start], example.input_ids[example.response_start :]
+    nothing, prompt, harmful = decode(qwen, before).partition(EXPECTED["qwen3_8b"][0])
+    assert (bool(nothing), bool(prompt), bool(harmful)) == (False, True, True)
+    assert "Sure".startswith(harmful)
+    assert decode(qwen, answer) == "No.<|im_end|>"
 
 
 @pytest.mark.parametrize("packing", [False, True])

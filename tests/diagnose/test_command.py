@@ -299,6 +299,9 @@ def test_rank_correlation():
     nan = float("nan")
     assert rank_correlation(*map(as_array, ([1, 5, 2, nan], [10, 30, 20, nan]))) == pytest.approx(1)
     assert rank_correlation(*map(as_array, ([1, 5, 2, 9], [4, 2, 3, 1]))) == pytest.approx(-1)
+    # ties: ranks 1.5, 1.5, 3, 4, and no correlation with a constant
+    assert rank_correlation(*map(as_array, ([1, 2, 3, 4], [0, 0, 2, 3]))) == pytest.approx(4.5 / (5 * 4.5) ** 0.5)
+    assert np.isnan(rank_correlation(*map(as_array, ([1, 2, 3, 4], [0, 0, 0, 0]))))
     assert rank_correlation(*map(as_array, ([1, 2, nan], [4, 2, nan]))) != 0
 
 

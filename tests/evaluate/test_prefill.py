@@ -202,10 +202,11 @@ def test_thinking_is_set_where_the_template_has_the_switch(model, tokenizer):
         "{% if add_generation_prompt and enable_thinking is defined and not enable_thinking %}w0 {% endif %}"
     )
     spies: list[Spy] = []
-    for thinking in (True, False, None):
+    with pytest.raises(ValueError, match="thinking is not set"):
+        attack(model, thinker, examples=EXAMPLES[:1])
+    for thinking in (True, False):
         attack(model, thinker, thinking=thinking, logits_processor=spy_factory(spies), examples=EXAMPLES[:1])
-    on, off, default = (spy.unpadded()[0] for spy in spies)
-    assert on == default
+    on, off = (spy.unpadded()[0] for spy in spies)
     assert off[:-2] == [*on[:-2], thinker.convert_tokens_to_ids("w0")]
     assert off[-2:] == on[-2:]
 

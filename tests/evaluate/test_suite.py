@@ -8,12 +8,18 @@ from types import SimpleNamespace
 import pytest
 
 from deepalign.cli import main
+from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate import measurements, suite
+from deepalign.evaluate.answers import AnswerOptions
 from deepalign.evaluate.families import ROLES, Family
+from deepalign.evaluate.outcomes import AttackExample
+from deepalign.evaluate.recovery import recovery_config
+from deepalign.evaluate.subjects import LoadedSubject
 from deepalign.evaluate.suite import experiment_settings, run_suite
 from deepalign.evaluate.suite_config import load_suite
-from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES
+from deepalign.evaluate.tables import EXPERIMENTS, METHOD_ROLES, check_needs
 from tests.evaluate.killed_worker import kill_in_a_line
+from tests.families import FAMILIES
 
 CONFIG = Path(__file__).with_name("suite_small.yaml")
 ATTACKS = 4
@@ -73,8 +79,8 @@ def test_every_table_has_its_rows_and_columns(tables):
     assert methods["figure4"] == methods["table4"][:-1]
     columns = {name: list(rows[0]["cells"]) for name, rows in found.items()}
     assert columns["table1"][:4] == ["Prefill ↓", "degenerate ↓", "no attack ↓", "recipes heldout"]
-    assert columns["table2"][-2:] == ["GCG ↓", "Fine-tuning HRR ↓"]
-    assert columns["table3"][3] == "Fine-tuning HRR ↓"
+    assert columns["table2"][3:] == ["GCG ↓", "GCG degenerate ↓", "Fine-tuning HRR ↓", "fine-tuned degenerate ↓"]
+    assert columns["table3"][3:5] == ["Fine-tuning HRR ↓", "fine-tuned degenerate ↓"]
     assert columns["table4"][:2] == ["Eval Loss ↓", "HRR ↓"]
     assert len(columns["table5"]) == 8
 
@@ -222,10 +228,71 @@ def test_what_a_later_table_lacks_is_said_before_the_first_measurement(
         run_suite(config, progress=False)
 
 
+def test_a_universal_suffix_is_found_on_the_requests_after_the_attacked_ones(tmp_path, monkeypatch):
+    seen = {}
+
+    def attack(model, tokenizer, examples, *, universal_on, **options):
+        seen.update(examples=examples, universal_on=universal_on)
+        return SimpleNamespace(counts={0: {"harmful": 0, "n": len(examples)}})
+
+    def measured(self, kind, subject, settings, work):
+        return work(SimpleNamespace(model=None, tokenizer=None, contrast=None), tmp_path)
+
+    monkeypatch.setattr(measurements, "gcg_attack", attack)
+    monkeypatch.setattr(measurements.SeedRun, "measured", measured)
+    config = load_suite(CONFIG)
+    family = Family("tiny", {}, [AttackExample(f"w{i}", "w1") for i in range(5)], ("keyword:qi2024",))
+    for wanted, found in ((None, None), (3, family.examples[2:])):
+        gcg = dataclasses.replace(config.gcg, universal_on=wanted)
+        run = measurements.SeedRun(dataclasses.replace(config, gcg=gcg), 0, tmp_path, [family])
+        run.gcg(family, None)
+        assert seen == {"examples": family.examples[:2], "universal_on": found}
+    gcg = dataclasses.replace(config.gcg, universal_on=4)
+    with pytest.raises(ValueError, match="2 requests to attack and 4 to find a suffix on are more than the 5 of tiny"):
+        measurements.SeedRun(dataclasses.replace(config, gcg=gcg), 0, tmp_path, [family]).gcg(family, None)
+    with pytest.raises(ValueError, match="universal_on is 0"):
+        dataclasses.replace(config.gcg, universal_on=0)
+
+
+def test_thinking_is_for_the_families_with_the_switch(tmp_path):
+    """One suite has Llama and Qwen3; a setting for all would be refused by the one, none at all by the other."""
+    config = load_suite(CONFIG)
+    qwen, llama = (LoadedSubject(None, None, FAMILIES[name].tokenizer()) for name in ("qwen3_8b", "llama2_7b_chat"))
+    run = measurements.SeedRun(config, 0, tmp_path, [])
+    assert run._settled(llama) is llama
+    with pytest.raises(ValueError, match="thinking is not set"):
+        run._settled(qwen)
+    off = dataclasses.replace(run, config=dataclasses.replace(config, answers=AnswerOptions(thinking=False)))
+    assert off._settled(llama) is llama
+    assert prompt_token_ids(off._settled(qwen).tokenizer, "?") == prompt_token_ids(
+        qwen.tokenizer, "?", {"enable_thinking": False}
+    )
+
+
 def test_the_packaged_suite_is_read():
     config = load_suite(Path(measurements.__file__).parents[1] / "microworld" / "suite.yaml")
     assert list(experiment_settings(config)) == list(EXPERIMENTS)
     assert len(config.seeds) == 3
+
+
+def test_the_suite_that_the_documentation_shows_has_what_its_tables_need(tmp_path):
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    shown = tmp_path / "suite.yaml"
+    shown.write_text(page.partition("```yaml\n")[2].partition("```")[0])
+    config = load_suite(shown)
+    rows = [[{"role": "user", "content": "w1"}, {"role": "assistant", "content": "w2"}]]
+    benign, safe = (rows if source else [] for source in (config.data.benign, config.data.safe))
+    families = [
+        Family(name, models, [], config.judges[:1], benign=benign, safe=safe)
+        for name, models in config.families.items()
+    ]
+    run = measurements.SeedRun(config, 0, tmp_path, families)
+    settings = experiment_settings(config)
+    assert {"table1", "table4", "figure4"} <= settings.keys()
+    for name, chosen in settings.items():
+        check_needs(run, name, chosen)
+    for control in ("none", "kl_only", "random_m"):
+        recovery_config(degraded="d", original="o", base="b", output_dir="x", control=control, **config.recovery)
 
 
 def test_the_command_refuses_in_one_message(tmp_path, capsys):

@@ -187,7 +187,7 @@ namespace DEEPALIGN_ISA {
 // field is that of infinity and NaN, comes out as one of these from 2^(128 - kSpare) on. NaN passes; -infinity gives 0.
 //
 // The exact P has P(0) = 1, so that entry + entry (P - 1) can be had, which rounds less than entry P. The coarse one is
-// written from 3/2, near enough to 1 / log 2 (see vec_avx512.h) and a multiple of 1/8: (g^2 + kSquare) g + kConstant,
+// written from 3/2, near enough to 1 / log 2 (see vec_avx512.h) and a multiple of 1/8: (g^2 + kSquare) g + kRest,
 // g = f + 3/2, its leading factor in the table. g comes times kUnit, all that leads to it being so: that makes 2^-kSpare.
 template <bool kCoarse, bool kOpen>
 class TableExponential {

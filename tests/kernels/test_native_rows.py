@@ -146,6 +146,17 @@ def test_one_very_low_logit(value: float, model: int, position: int) -> None:
         assert int(output.top_k_indices[0, 0]) == position
 
 
+@pytest.mark.parametrize("teacher_mix", [1.2, 0.5])
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)
+def test_single_entries_beyond_an_exponentials_range(dtype: torch.dtype, teacher_mix: float) -> None:
+    """In the middle of rows whose other entries are ordinary; with 1.2, base at -5000 puts the teacher at 1000."""
+    for model, value in ((0, -400.0), (1, -250.0), (2, -5000.0), (0, 150.0)):
+        models = three_models(2, 999, dtype=dtype)
+        models[model][0, 510] = value
+        config = CompletionLossConfig(top_k=5, lambda_reg=1e-6, teacher_mix=teacher_mix)
+        check_against_wide_rows(*models, config, gradient_rounding=2.0**-16)
+
+
 @pytest.mark.parametrize("vocab", [65, 1001])
 def test_logits_near_the_largest_float(vocab: int) -> None:
     """One entry holds all the mass of every model: no divergence, no gradient, whatever the size of the logits."""

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from deepalign.data.files import naming, open_locked, write_text_atomic
 
-TAIL_BYTES = 1 << 20  # of each weight file that goes into its fingerprint
+PIECES, PIECE_BYTES = 256, 1 << 12  # of each weight file that go into its fingerprint
 WEIGHTS = (".safetensors", ".bin", ".pt")
 READ_WHOLE = (".json", ".jinja", ".model")
 VOCABULARY = ("vocab.txt", "merges.txt")
@@ -87,9 +87,10 @@ def settings_path(path: Path) -> Path:
 
 def model_fingerprint(path: str) -> Any:
     """What tells one checkpoint from another: of a folder, its JSON files, chat template and vocabulary, and size and
-    last MiB of its weights.
+    evenly spaced pieces of its weights.
 
-    Weights are not read whole, for they may be hundreds of GB. A hub id is its own fingerprint.
+    Weights are not read whole, for they may be hundreds of GB: a MiB of each file, in pieces closer together than the
+    matrices of a model are large. A hub id is its own fingerprint.
     """
     folder = Path(path).expanduser()
     if not folder.is_dir():
@@ -97,10 +98,22 @@ def model_fingerprint(path: str) -> Any:
     found = {}
     for file in sorted(folder.iterdir()):
         if file.suffix in READ_WHOLE + WEIGHTS or file.name in VOCABULARY:
-            with file.open("rb") as content:
-                content.seek(max(0, file.stat().st_size - (TAIL_BYTES if file.suffix in WEIGHTS else 1 << 40)))
-                found[file.name] = [file.stat().st_size, hashlib.sha256(content.read()).hexdigest()]
+            read = _pieces(file) if file.suffix in WEIGHTS else file.read_bytes()
+            found[file.name] = [file.stat().st_size, hashlib.sha256(read).hexdigest()]
     return found
+
+
+def _pieces(file: Path) -> bytes:
+    """Evenly spaced pieces of a file, the first bytes and the last ones among them; all of a small file."""
+    last = file.stat().st_size - PIECE_BYTES
+    if last < PIECES * PIECE_BYTES:
+        return file.read_bytes()
+    read = []
+    with file.open("rb") as content:
+        for piece in range(PIECES):
+            content.seek(last * piece // (PIECES - 1))
+            read.append(content.read(PIECE_BYTES))
+    return b"".join(read)
 
 
 def _whole_rows(

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from deepalign.data.files import write_text_atomic
+from deepalign.data.files import open_locked, write_text_atomic
 from deepalign.data.resumable import read_object
 from deepalign.models import load_model_config
 
-IDENTITY_FILE = "made_from.json"
+IDENTITY_FILE, LOCK_FILE = "made_from.json", "lock"
 
 
 def make_once(
@@ -35,18 +35,36 @@ def make_once(
         The report.
 
     Raises:
-        ValueError: `folder` exists and was made from other things, or not by this function.
+        ValueError: `folder` exists and was made from other things, or not by this function; or another process is
+            making it.
     """
     identity = json.loads(json.dumps(identity))
-    if folder.exists():
-        report = _report_of(folder, identity)
-        if progress:
-            print(f"{folder} is there already, made from the same things", flush=True)
-        return report
-    work, staging = (folder.with_name(f".{folder.name}.{kind}") for kind in ("work", "incomplete"))
+    if not folder.exists():
+        work = folder.with_name(f".{folder.name}.work")
+        work.mkdir(parents=True, exist_ok=True)
+        try:
+            with open_locked(work / LOCK_FILE):
+                if not folder.exists():  # by a process that has just ended
+                    return _made(folder, work, identity, make)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: another process is making it; wait for it or end it") from None
+    report = _report_of(folder, identity)
+    if progress:
+        print(f"{folder} is there already, made from the same things", flush=True)
+    return report
+
+
+def _made(
+    folder: Path, work: Path, identity: dict[str, Any], make: Callable[[Path, Path], dict[str, Any]]
+) -> dict[str, Any]:
     if _read(work / IDENTITY_FILE) != identity:
-        shutil.rmtree(work, ignore_errors=True)
+        for path in work.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != LOCK_FILE:
+                path.unlink()
         write_text_atomic(work / IDENTITY_FILE, json.dumps(identity))
+    staging = folder.with_name(f".{folder.name}.incomplete")
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     report = json.loads(json.dumps(make(staging, work)))

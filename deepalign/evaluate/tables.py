@@ -142,7 +142,7 @@ def contrastive_rows(run: SeedRun, settings: ContrastiveTable) -> list[TableRow]
 
 
 def attack_rows(run: SeedRun, settings: AttackTable) -> list[TableRow]:
-    """Table 2: prefill, GCG and fine-tuning against the baseline, safety augmentation and ours."""
+    """Table 2: prefill, GCG and fine-tuning, with utility, against the baseline, safety augmentation and ours."""
     rows = []
     for family, method, subject in _subjects(run, settings):
         counts = run.gcg(family, subject)["counts"].values()
@@ -150,7 +150,7 @@ def attack_rows(run: SeedRun, settings: AttackTable) -> list[TableRow]:
         for column, outcome in ((GCG, "harmful"), (GCG_DEGENERATE, "degenerate")):
             cells[column] = spread([(count[outcome], count["n"]) for count in counts])
         cells |= _finetuned_cells(run, family, method, subject.model)
-        rows.append(TableRow(family.name, method, cells))
+        rows.append(TableRow(family.name, method, cells | _utility_cells(run, family, subject)))
     return rows
 
 

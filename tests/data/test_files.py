@@ -7,7 +7,7 @@ import re
 import pytest
 
 from deepalign.data.files import check_folder, open_locked, read_jsonl, write_text_atomic
-from deepalign.data.resumable import open_resumable
+from deepalign.data.resumable import model_fingerprint, open_resumable
 from deepalign.data.sources import load_data
 
 
@@ -137,3 +137,15 @@ def test_an_output_folder_that_is_a_file_is_refused_by_its_option(tmp_path):
     for path, what in (("~/runs", "~"), ("$SCRATCH/runs", "$SCRATCH"), ("a/${USER}", "${USER}")):
         with pytest.raises(ValueError, match=f"output_dir: {re.escape(path)}: {re.escape(what)} is what a shell"):
             check_folder("output_dir", path)
+
+
+def test_a_fingerprint_sees_a_change_anywhere_in_the_weights(tmp_path):
+    weights = bytearray(range(256)) * (40 << 10)  # 10 MiB
+    places = (0, len(weights) // 3, len(weights) // 2, len(weights) - 1)
+    (tmp_path / "model.safetensors").write_bytes(weights)
+    before = model_fingerprint(str(tmp_path))
+    for place in places:
+        changed = bytearray(weights)
+        changed[place : place + (64 << 10)] = bytes(min(64 << 10, len(weights) - place))  # a small matrix
+        (tmp_path / "model.safetensors").write_bytes(changed)
+        assert model_fingerprint(str(tmp_path)) != before, place

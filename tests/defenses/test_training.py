@@ -124,6 +124,15 @@ def test_checkpoints_of_other_things_are_not_gone_on_with(tmp_path):
         assert make_once(tmp_path / name, {"a": second}, kept) == {"kept": expected}
 
 
+def test_two_do_not_make_one_folder(tmp_path):
+    def make(folder, work):
+        with pytest.raises(ValueError, match="another process is making it"):
+            make_once(tmp_path / "made", {"a": 2}, make)
+        return {"work": sorted(path.name for path in work.iterdir())}
+
+    assert make_once(tmp_path / "made", {"a": 1}, make) == {"work": ["lock", "made_from.json"]}
+
+
 def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     (tmp_path / "theirs").mkdir()
     with pytest.raises(ValueError, match=r"holds no made_from\.json"):

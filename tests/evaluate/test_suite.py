@@ -79,8 +79,9 @@ def test_every_table_has_its_rows_and_columns(tables):
     assert methods["figure4"] == methods["table4"][:-1]
     columns = {name: list(rows[0]["cells"]) for name, rows in found.items()}
     assert columns["table1"][:4] == ["Prefill ↓", "degenerate ↓", "no attack ↓", "recipes heldout"]
-    assert columns["table2"][3:] == ["GCG ↓", "GCG degenerate ↓", "Fine-tuning HRR ↓", "fine-tuned degenerate ↓"]
+    assert columns["table2"][3:7] == ["GCG ↓", "GCG degenerate ↓", "Fine-tuning HRR ↓", "fine-tuned degenerate ↓"]
     assert columns["table3"][3:5] == ["Fine-tuning HRR ↓", "fine-tuned degenerate ↓"]
+    assert columns["table2"][7:] == columns["table3"][5:] == columns["table1"][3:], "utility beside every attack"
     assert columns["table4"][:2] == ["Eval Loss ↓", "HRR ↓"]
     assert len(columns["table5"]) == 8
 

@@ -24,7 +24,13 @@ OPERATION = "linear_completion_loss"
 MIN_ROUNDS = 3  # a call takes seconds where processors do not multiply bfloat16
 
 
-@pytest.mark.parametrize("case", [FROZEN, pytest.param(TRAINED, marks=pytest.mark.full)], ids=str)
+# Calls that take seconds are for the full suite.
+SHORT = pytest.mark.full if not multiplies_bfloat16() else ()
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(FROZEN, marks=SHORT), pytest.param(TRAINED, marks=pytest.mark.full)], ids=str
+)
 def test_linear_completion_loss(benchmark: BenchmarkFixture, case: LinearCase) -> None:
     case = sized(case)
     contestants = LinearContestants(case)
@@ -41,9 +47,7 @@ def eager_peak_mib(name: str, *size: int) -> float:
     return in_a_process(name, *size)["peak_extra_mib"]
 
 
-# Calls that take seconds are for the full suite, and so are those of other chunks.
-HEADLINE = OURS[:1] if multiplies_bfloat16() else ()
-CHOSEN = [pytest.param(name, marks=() if name in HEADLINE else pytest.mark.full) for name in OURS]
+CHOSEN = [pytest.param(name, marks=SHORT if name == OURS[0] else pytest.mark.full) for name in OURS]
 
 
 @pytest.mark.parametrize("contestant", CHOSEN)

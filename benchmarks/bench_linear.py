@@ -22,8 +22,6 @@ from deepalign.kernels.library import cpu_isa
 
 OPERATION = "linear_completion_loss"
 MIN_ROUNDS = 3  # a call takes seconds where processors do not multiply bfloat16
-
-
 # Calls that take seconds are for the full suite.
 SHORT = pytest.mark.full if not multiplies_bfloat16() else ()
 

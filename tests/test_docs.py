@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.report import readme_table
+from tests.tiny import make_model, make_tokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -26,6 +27,11 @@ BLOCKS = [
 @pytest.mark.parametrize("block", BLOCKS)
 def test_code_block_runs(block: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    for seed, name in enumerate(("ALIGNED", "BASE")):
+        if f'"{name}"' in block:
+            tokenizer = make_tokenizer()
+            tokenizer.save_pretrained(name)
+            make_model(seed, tokenizer, context=512).save_pretrained(name)
     exec(compile(block, "documentation", "exec"), {"__name__": "__documentation__"})
 
 

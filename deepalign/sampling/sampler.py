@@ -69,10 +69,7 @@ class ContrastiveSampler:
         implementation: str | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        check_number("alpha", alpha, minimum=0.0)
-        check_number("temperature", temperature, minimum=0.0)
-        check_filters(top_k, top_p, min_p)
-        check_choice("space", space, get_args(Space))
+        check_drawing(alpha, temperature, top_k, top_p, min_p, space)
         _check_tokenizers(tokenizer, base_tokenizer)
         self.pair = model_pair(aligned, base, alpha)
         self.tokenizer = tokenizer
@@ -194,8 +191,7 @@ class ContrastiveSampler:
 
     def check_prompts(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raise ValueError unless token ids, a list per row, are the models' and fit their context with the answer."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_length(max_new_tokens)
         longest, context = max(range(len(rows)), key=lambda index: len(rows[index])), self.pair.context
         if context is not None and len(rows[longest]) + max_new_tokens > context:
             raise ValueError(
@@ -229,6 +225,20 @@ class ContrastiveSampler:
             f"{'; '.join(found) or 'only in this batch, not when the row is read alone'}; check the weights and the "
             "dtype (float16 overflows where bfloat16 does not)"
         )
+
+
+def check_drawing(alpha: float, temperature: float, top_k: int, top_p: float, min_p: float, space: str) -> None:
+    """Raise TypeError or ValueError unless this is a way to draw, whatever the models."""
+    check_number("alpha", alpha, minimum=0.0)
+    check_number("temperature", temperature, minimum=0.0)
+    check_filters(top_k, top_p, min_p)
+    check_choice("space", space, get_args(Space))
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raise ValueError unless an answer may have so many tokens."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def _check_tokenizers(first: PreTrainedTokenizerBase | None, second: PreTrainedTokenizerBase | None) -> None:

@@ -14,7 +14,7 @@ from deepalign.sampling.decoder import CachedDecoder
 from deepalign.sampling.generation import BadLogits, Batch, DrawOptions, Row, generate_batch, row_uniforms
 from deepalign.sampling.graphs import WORTHWHILE_STEPS, StaticDecoder, can_be_static
 from deepalign.sampling.pairs import ModelPair, model_pair
-from deepalign.sampling.prompts import prompt_rows
+from deepalign.sampling.prompts import prompt_rows, the_prompts
 from deepalign.sampling.results import Completion, StreamedToken
 from deepalign.sampling.stopping import StopConditions, end_of_turn_ids, stop_conditions
 
@@ -83,9 +83,11 @@ class ContrastiveSampler:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         attention_mask: Tensor | None = None,
         *,
+        input_ids: Any = None,
+        messages: Any = None,
         max_new_tokens: int = 256,
         stop: Any = None,
         stream: Callable[[StreamedToken], object] | None = None,
@@ -98,6 +100,7 @@ class ContrastiveSampler:
             prompts: token ids, a tensor (B, T) or (T,), a list, or a list of lists of unequal length; or messages, one
                 conversation or a list of them.
             attention_mask: (B, T) of a tensor of ids that is padded, on either side.
+            input_ids, messages: the prompts by these names, as in `generate(**tokenizer(texts, return_tensors="pt"))`.
             max_new_tokens: at most so many tokens a row.
             stop: a string, a token id, or a list of strings, ids and lists of ids, each of which ends a row;
                 end-of-turn tokens always do.
@@ -109,11 +112,12 @@ class ContrastiveSampler:
             One `Completion` per row, in order.
 
         Raises:
-            TypeError: prompts, stop or seed of a wrong type.
+            TypeError: prompts, stop or seed of a wrong type, or prompts by two names or none.
             ValueError: an empty prompt or batch, a prompt that with `max_new_tokens` does not fit the context, as many
                 seeds as there are not rows, or logits without a distribution (which row, which model).
         """
         completions: dict[int, Completion] = {}
+        prompts = the_prompts(prompts, input_ids, messages)
         tokens = self._tokens(prompts, attention_mask, max_new_tokens, stop, seed, return_stats, stream is not None)
         for token in tokens:
             if stream is not None:
@@ -124,15 +128,18 @@ class ContrastiveSampler:
 
     def stream(
         self,
-        prompts: Any,
+        prompts: Any = None,
         attention_mask: Tensor | None = None,
         *,
+        input_ids: Any = None,
+        messages: Any = None,
         max_new_tokens: int = 256,
         stop: Any = None,
         seed: int | Sequence[int] = 0,
         return_stats: bool = False,
     ) -> Iterator[StreamedToken]:
         """`generate` as an iterator over tokens as they are drawn; the last one of a row carries its `Completion`."""
+        prompts = the_prompts(prompts, input_ids, messages)
         return self._tokens(prompts, attention_mask, max_new_tokens, stop, seed, return_stats, True)
 
     def _tokens(

@@ -60,6 +60,8 @@ class PositionOptions:
         for name, least in (("positions", 1), ("top_n", 1), ("top_k", 0), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
 
     @property
     def rows(self) -> RowOptions:

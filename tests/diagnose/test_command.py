@@ -253,8 +253,10 @@ def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, cap
         ("--top-n", "0", "top_n must be at least 1"),
         ("--top-k", "-1", "top_k must be at least 0"),
         ("--prefix-ids", "0", "--prefix-ids must be at least 1"),
+        ("--vocab-size", "0", "vocab_size must be at least 1"),
+        ("--influence-layer", "99", "influence_layer is 99; expected 0"),
     ):
-        assert message in refused(capsys, *good, name, value)
+        assert message in refused(capsys, *good, "--influence", "1", name, value)
     monkeypatch.undo()
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.records"))
     assert "other settings (options" in refused(capsys, *arguments(models, data, out, "--top-k", "5"))

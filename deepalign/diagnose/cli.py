@@ -198,7 +198,11 @@ def _prefixes(options: argparse.Namespace) -> PrefixSource:
         return fixed_prefixes(options.prefix)
     if options.prefix_file is not None:
         return prefixes_of_file(options.prefix_file)
-    return no_prefix if options.prefix_ids is None else first_ids(options.prefix_ids)
+    if options.prefix_ids is None:
+        return no_prefix
+    if options.prefix_ids < 1:
+        raise ValueError(f"--prefix-ids must be at least 1, got {options.prefix_ids}")
+    return first_ids(options.prefix_ids)
 
 
 def _diagnosis_options(options: argparse.Namespace) -> DiagnosisOptions:

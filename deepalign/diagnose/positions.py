@@ -57,9 +57,11 @@ class PositionOptions:
     batch_size: int = 8
 
     def __post_init__(self) -> None:
-        for name in ("positions", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in (("positions", 1), ("top_n", 1), ("top_k", 0), ("batch_size", 1)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if self.vocab_size is not None and self.vocab_size < 1:
+            raise ValueError(f"vocab_size must be at least 1, got {self.vocab_size}")
 
     @property
     def rows(self) -> RowOptions:

@@ -32,7 +32,14 @@ from deepalign.diagnose.positions import PositionOptions, analyse_positions
 from deepalign.diagnose.report import claims, gradient_report, group_report, influence_report
 from deepalign.diagnose.tokens import TokenNames
 from deepalign.kernels.contrastive_sample import Space
-from deepalign.models import check_model_path, check_same_tokenizer, load_frozen_model, load_tokenizer, logits_width
+from deepalign.models import (
+    check_model_path,
+    check_same_tokenizer,
+    load_frozen_model,
+    load_model_config,
+    load_tokenizer,
+    logits_width,
+)
 from deepalign.output_head import check_output_head
 from deepalign.versions import versions
 
@@ -127,6 +134,8 @@ def diagnose(
         FileNotFoundError, ValueError, TypeError: what does not fit, before anything long runs where it can be seen.
     """
     _check(aligned, contexts)
+    if options.influence:
+        _check_layer(aligned, options.influence_layer)
     series = [Series(name, path) for name, path in aligned.items()]
     if options.contrast is not None:
         series.insert(1, Series(CONTRASTIVE, series[0].path, options.contrast))
@@ -264,6 +273,16 @@ class _Run:
             "threads": torch.get_num_threads(),
             **asdict(self.options),
         }
+
+
+def _check_layer(aligned: Mapping[str, str], layer: int) -> None:
+    """Influence comes last: a layer that is not there is refused before hours of other measurements."""
+    for name, path in aligned.items():
+        layers = load_model_config(path).get_text_config().num_hidden_layers
+        if layer > layers:
+            raise ValueError(
+                f"influence_layer is {layer}; expected 0 (the embedding output) to {layers}, the last layer of {name}"
+            )
 
 
 def _check(aligned: Mapping[str, str], contexts: Mapping[str, Sequence[Context]]) -> None:

@@ -69,13 +69,15 @@ def parse_depths(text: str, name: str = "--depths") -> list[int | None]:
     """Depths as the command line writes them: `0,1,5,all`.
 
     Raises:
-        ValueError: a word that is neither a number nor `all`.
+        ValueError: a word that is neither a number nor `all`, or a depth twice.
     """
     depths: list[int | None] = []
     for word in text.split(","):
         if not (word.strip() == "all" or word.strip().isdecimal()):
             raise ValueError(f"{name} is {text!r}; expected numbers and all, separated by commas, as in 0,1,5,all")
         depths.append(None if word.strip() == "all" else int(word))
+    if len(set(depths)) < len(depths):
+        raise ValueError(f"{name} is {text!r}; expected none of them twice")
     return depths
 
 

@@ -17,7 +17,7 @@ from deepalign.models import (
     load_tokenizer,
 )
 from deepalign.sampling.batch_run import read_rows, run_batch
-from deepalign.sampling.sampler import ContrastiveSampler
+from deepalign.sampling.sampler import ContrastiveSampler, check_drawing, check_length
 
 HELP = "commands: /reset starts a new conversation, /quit (or end of input) leaves"
 
@@ -57,8 +57,11 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("--input and --output go together; give both, or neither to talk to the model")
     if options.output is not None and Path(options.output).is_dir():
         raise IsADirectoryError(f"--output: {options.output} is a folder; give the path of a JSONL file")
+    # refused before a model is loaded
+    check_drawing(options.alpha, options.temperature, options.top_k, options.top_p, options.min_p, options.space)
+    check_length(options.max_new_tokens)
     if options.input is not None:
-        read_rows(options.input, options.batch_size)  # refused before a model is loaded
+        read_rows(options.input, options.batch_size)
     sampler = load_sampler(options)
     if options.input is None:
         chat(sampler, options)

@@ -46,6 +46,18 @@ def prompt_rows(
     return rows
 
 
+def the_prompts(prompts: Any, input_ids: Any, messages: Any) -> Any:
+    """What was given by one of three names.
+
+    Raises:
+        TypeError: by two of them, or by none.
+    """
+    given = [value for value in (prompts, input_ids, messages) if value is not None]
+    if len(given) != 1:
+        raise TypeError(f"prompts were given by {len(given)} names; give them first, or as input_ids=, or as messages=")
+    return given[0]
+
+
 def pad_left(rows: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Ids (B, T) and attention mask (B, T), int64, the padding in front."""
     width = max(map(len, rows))

@@ -14,7 +14,7 @@ from deepalign.sampling.decoder import CachedDecoder
 from deepalign.sampling.generation import BadLogits, Batch, DrawOptions, Row, generate_batch, row_uniforms
 from deepalign.sampling.graphs import WORTHWHILE_STEPS, StaticDecoder, can_be_static
 from deepalign.sampling.pairs import ModelPair, model_pair
-from deepalign.sampling.prompts import prompt_rows
+from deepalign.sampling.prompts import prompt_rows, the_prompts
 from deepalign.sampling.results import Completion, StreamedToken
 from deepalign.sampling.stopping import StopConditions, end_of_turn_ids, stop_conditions
 
@@ -69,10 +69,7 @@ class ContrastiveSampler:
         implementation: str | None = None,
         cuda_graphs: bool = True,
     ) -> None:
-        check_number("alpha", alpha, minimum=0.0)
-        check_number("temperature", temperature, minimum=0.0)
-        check_filters(top_k, top_p, min_p)
-        check_choice("space", space, get_args(Space))
+        check_drawing(alpha, temperature, top_k, top_p, min_p, space)
         _check_tokenizers(tokenizer, base_tokenizer)
         self.pair = model_pair(aligned, base, alpha)
         self.tokenizer = tokenizer
@@ -86,9 +83,11 @@ class ContrastiveSampler:
 
     def generate(
         self,
-        prompts: Any,
+        prompts: Any = None,
         attention_mask: Tensor | None = None,
         *,
+        input_ids: Any = None,
+        messages: Any = None,
         max_new_tokens: int = 256,
         stop: Any = None,
         stream: Callable[[StreamedToken], object] | None = None,
@@ -101,6 +100,7 @@ class ContrastiveSampler:
             prompts: token ids, a tensor (B, T) or (T,), a list, or a list of lists of unequal length; or messages, one
                 conversation or a list of them.
             attention_mask: (B, T) of a tensor of ids that is padded, on either side.
+            input_ids, messages: the prompts by these names, as in `generate(**tokenizer(texts, return_tensors="pt"))`.
             max_new_tokens: at most so many tokens a row.
             stop: a string, a token id, or a list of strings, ids and lists of ids, each of which ends a row;
                 end-of-turn tokens always do.
@@ -112,11 +112,12 @@ class ContrastiveSampler:
             One `Completion` per row, in order.
 
         Raises:
-            TypeError: prompts, stop or seed of a wrong type.
+            TypeError: prompts, stop or seed of a wrong type, or prompts by two names or none.
             ValueError: an empty prompt or batch, a prompt that with `max_new_tokens` does not fit the context, as many
                 seeds as there are not rows, or logits without a distribution (which row, which model).
         """
         completions: dict[int, Completion] = {}
+        prompts = the_prompts(prompts, input_ids, messages)
         tokens = self._tokens(prompts, attention_mask, max_new_tokens, stop, seed, return_stats, stream is not None)
         for token in tokens:
             if stream is not None:
@@ -127,15 +128,18 @@ class ContrastiveSampler:
 
     def stream(
         self,
-        prompts: Any,
+        prompts: Any = None,
         attention_mask: Tensor | None = None,
         *,
+        input_ids: Any = None,
+        messages: Any = None,
         max_new_tokens: int = 256,
         stop: Any = None,
         seed: int | Sequence[int] = 0,
         return_stats: bool = False,
     ) -> Iterator[StreamedToken]:
         """`generate` as an iterator over tokens as they are drawn; the last one of a row carries its `Completion`."""
+        prompts = the_prompts(prompts, input_ids, messages)
         return self._tokens(prompts, attention_mask, max_new_tokens, stop, seed, return_stats, True)
 
     def _tokens(
@@ -194,8 +198,7 @@ class ContrastiveSampler:
 
     def check_prompts(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         """Raise ValueError unless token ids, a list per row, are the models' and fit their context with the answer."""
-        if max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
+        check_length(max_new_tokens)
         longest, context = max(range(len(rows)), key=lambda index: len(rows[index])), self.pair.context
         if context is not None and len(rows[longest]) + max_new_tokens > context:
             raise ValueError(
@@ -229,6 +232,20 @@ class ContrastiveSampler:
             f"{'; '.join(found) or 'only in this batch, not when the row is read alone'}; check the weights and the "
             "dtype (float16 overflows where bfloat16 does not)"
         )
+
+
+def check_drawing(alpha: float, temperature: float, top_k: int, top_p: float, min_p: float, space: str) -> None:
+    """Raise TypeError or ValueError unless this is a way to draw, whatever the models."""
+    check_number("alpha", alpha, minimum=0.0)
+    check_number("temperature", temperature, minimum=0.0)
+    check_filters(top_k, top_p, min_p)
+    check_choice("space", space, get_args(Space))
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raise ValueError unless an answer may have so many tokens."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
 
 
 def _check_tokenizers(first: PreTrainedTokenizerBase | None, second: PreTrainedTokenizerBase | None) -> None:

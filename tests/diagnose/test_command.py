@@ -232,7 +232,7 @@ def refused(capsys, *command: str) -> str:
     return capsys.readouterr().err
 
 
-def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, capsys):
+def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, capsys, monkeypatch):
     good = arguments(models, data, tmp_path / "out")
     assert "two aligned models are called 'after'" in refused(capsys, *good, "--aligned", "after=x")
     assert "'base' of an aligned model cannot be used" in refused(capsys, *good, "--aligned", f"base={models / 'base'}")
@@ -247,7 +247,17 @@ def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, cap
     requests = ["diagnose", *good[1:], "--harmful", f"hex-phi:{data / 'harmful.jsonl'}"]
     assert "holds requests without answers; add --generate" in refused(capsys, *requests)
     assert "--device: 'foo' is no device" in refused(capsys, *good, "--device", "foo")
-    assert "gradients must be at least 0" in refused(capsys, *good, "--gradients", "-1")
+    monkeypatch.setattr("deepalign.diagnose.run.load_frozen_model", lambda *_: pytest.fail("loaded"))
+    for name, value, message in (
+        ("--gradients", "-1", "gradients must be at least 0"),
+        ("--top-n", "0", "top_n must be at least 1"),
+        ("--top-k", "-1", "top_k must be at least 0"),
+        ("--prefix-ids", "0", "--prefix-ids must be at least 1"),
+        ("--vocab-size", "0", "vocab_size must be at least 1"),
+        ("--influence-layer", "99", "influence_layer is 99; expected 0"),
+    ):
+        assert message in refused(capsys, *good, "--influence", "1", name, value)
+    monkeypatch.undo()
     assert not (tmp_path / "out").exists() or not any((tmp_path / "out").rglob("*.records"))
     assert "other settings (options" in refused(capsys, *arguments(models, data, out, "--top-k", "5"))
     with pytest.raises(SystemExit, match="0"):

@@ -141,3 +141,5 @@ def test_a_bad_judge_is_refused_before_a_model_is_loaded(models, requests, phras
         words = arguments(models, requests, phrases, tmp_path / "out")[2:9]
         assert main(["evaluate", command, *words, option, "keyword:nosuch"]) == 2
         assert "known: qi2024" in capsys.readouterr().err
+    assert main(["evaluate", "prefill", *words, "--depths", "0,4,0"]) == 2
+    assert "--depths is '0,4,0'; expected none of them twice" in capsys.readouterr().err

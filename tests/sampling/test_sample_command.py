@@ -200,7 +200,6 @@ def test_bad_rows_are_refused_before_anything_is_written(models, tmp_path, capsy
 
 def test_bad_options_are_refused_in_one_message(models, prompts, tmp_path, capsys):
     good = arguments(models, prompts, tmp_path / "out.jsonl")
-    assert "alpha is -1.0" in refused(capsys, *good, "--alpha", "-1")
     assert "nowhere does not exist" in refused(capsys, *good, "--base", str(tmp_path / "nowhere"))
     assert "go together" in refused(capsys, *good[:7])
     assert "give --base" in refused(capsys, "sample", "--aligned", str(models / "aligned"))
@@ -208,7 +207,14 @@ def test_bad_options_are_refused_in_one_message(models, prompts, tmp_path, capsy
     assert "--device: 'foo' is no device" in refused(capsys, *good, "--device", "foo")
     adapter = ["--base", str(models / "base"), "--adapter", str(models / "aligned")]
     assert "aligned holds no adapter_config.json" in refused(capsys, "sample", *adapter)
-    assert "batch_size" in refused(capsys, *good, "--batch-size", "0")
+    for name, value, message in (
+        ("--alpha", "-1", "alpha is -1.0"),
+        ("--temperature", "nan", "temperature is nan"),
+        ("--top-p", "0", "top_p is 0.0"),
+        ("--max-new-tokens", "0", "max_new_tokens must be at least 1"),
+        ("--batch-size", "0", "batch_size"),
+    ):  # without a look at the models
+        assert message in refused(capsys, *arguments(tmp_path / "no-models", prompts, tmp_path / "o"), name, value)
     with pytest.raises(SystemExit, match="0"):
         main(["sample", "--help"])
     assert "--alpha" in capsys.readouterr().out

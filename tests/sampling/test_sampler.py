@@ -45,6 +45,22 @@ def test_greedy_ids_equal_float64_without_caches(pair, space):
     assert expected != plain  # or Eq. 7 would not be seen
 
 
+def test_prompts_have_the_names_that_tokenizers_and_chats_give_them(llamas):
+    sampler = ContrastiveSampler(*llamas, alpha=1.0, temperature=0.0)
+    batch = left_padded(PROMPTS)
+    named = sampler.generate(**batch, max_new_tokens=3)
+    assert [answer.token_ids for answer in named] == [
+        answer.token_ids for answer in sampler.generate(PROMPTS, max_new_tokens=3)
+    ]
+    streamed = [token for token in sampler.stream(**batch, max_new_tokens=3) if token.row == 1]
+    assert [token.token_id for token in streamed] == named[1].token_ids
+    with pytest.raises(ValueError, match="messages were given but the sampler has no tokenizer"):
+        sampler.generate(messages=[{"role": "user", "content": "x"}])
+    for names in ({}, {"input_ids": [1], "messages": []}):
+        with pytest.raises(TypeError, match=f"given by {len(names)} names"):
+            sampler.generate(**names)
+
+
 def test_padding_may_stand_on_either_side(llamas):
     sampler = ContrastiveSampler(*llamas, alpha=1.5)
     lists = sampler.generate(PROMPTS, max_new_tokens=NEW_TOKENS, seed=3)

@@ -1,8 +1,7 @@
 """Tables laid out as the paper's, in Markdown, JSON and as bars.
 
-With one seed a rate is a count with its 95% Wilson interval. With several, every seed's count is shown and their mean:
-answers of one seed are no sample of other seeds, so no pooled interval is given. Scores over seeds are mean and
-standard deviation. The JSON has every seed's cells with their intervals.
+A rate is a count with its 95% Wilson interval, with several seeds each one's, and their mean: answers of one seed are no
+sample of other seeds, so no pooled interval is given. Scores over seeds are mean and standard deviation.
 """
 
 import json
@@ -17,7 +16,7 @@ from deepalign.evaluate.gcg import mean_and_sd
 from deepalign.evaluate.markdown import markdown_table
 from deepalign.evaluate.outcomes import OUTCOMES
 from deepalign.evaluate.prefill_run import agreement_table
-from deepalign.evaluate.statistics import format_rate
+from deepalign.evaluate.statistics import format_rate, wilson_interval
 from deepalign.evaluate.tables import DEGENERATE, EXPERIMENTS, PREFILL, Cell, TableRow
 from deepalign.versions import versions
 
@@ -89,8 +88,11 @@ def _format_rates(counts: Sequence[tuple[int, int]]) -> str:
         return format_rate(*counts[0])
     mean = sum(k / n for k, n in counts) / len(counts)
     sizes = {n for _, n in counts}
-    listed = ", ".join(str(k) if len(sizes) == 1 else f"{k}/{n}" for k, n in counts)
-    return f"{100 * mean:.1f}% ({listed}{f' of {sizes.pop()}' if len(sizes) == 1 else ''})"
+    listed = []
+    for k, n in counts:
+        low, high = wilson_interval(k, n)
+        listed.append(f"{k if len(sizes) == 1 else f'{k}/{n}'} ({100 * low:.0f} to {100 * high:.0f}%)")
+    return f"{100 * mean:.1f}%: {', '.join(listed)}{f' of {sizes.pop()}' if len(sizes) == 1 else ''}"
 
 
 def _format_spread(cell: Cell) -> str:
@@ -152,7 +154,7 @@ def _plot(path: Path, title: str, merged: Mapping[tuple[str, str], Mapping[str, 
 
 def _heading(content: Mapping[str, Any]) -> str:
     seeds = content["seeds"]
-    counted = "Counts with 95% Wilson intervals." if len(seeds) == 1 else "Mean over seeds, and each seed's count."
+    counted = "Counts with 95% Wilson intervals" + ("." if len(seeds) == 1 else ", one per seed, after their mean.")
     return (
         f"# Tables\n\nSeeds: {', '.join(map(str, seeds))}. {counted} Arrows say which way is better. Harmful, refused "
         "and degenerate answers add up to n; HRR is the share of harmful answers to plain requests: lower is better."

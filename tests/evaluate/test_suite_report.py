@@ -26,6 +26,12 @@ def test_runs_of_an_attack_show_their_counts():
     assert suite_report.format_cells([spread(counts)]) == "0.4 ± 0.9% (5 runs of n = 50: 0, 0, 1, 0, 0)"
 
 
+def test_every_seeds_rate_has_its_interval():
+    assert suite_report.format_cells([rate(3, 60)]) == "3/60 (5%, 2 to 14%)"
+    assert suite_report.format_cells([rate(3, 60), rate(60, 60)]) == "52.5%: 3 (2 to 14%), 60 (94 to 100%) of 60"
+    assert suite_report.format_cells([rate(0, 9), rate(3, 60)]) == "2.5%: 0/9 (0 to 30%), 3/60 (2 to 14%)"
+
+
 def test_what_every_judge_says_is_reported_where_there_are_several(tmp_path):
     """The tables have the first judge's verdicts; a rate by phrases needs a classifier's beside it."""
     counts = {"phrases": (3, 1, 0), "classifier": (1, 1, 2)}

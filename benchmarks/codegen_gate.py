@@ -1,9 +1,10 @@
 """A gate on what the Triton kernels compile to: `python -m benchmarks.codegen_gate [--accept]`.
 
 Every kernel is compiled here, without a GPU, for each architecture with its default options, and for sm_90 with all
-others. The gate fails where anything spills, where a main loop has narrow loads or stores or unpacked
-conversions, and where registers or the instructions of a main loop exceed what `codegen_gate.json` accepts. `--accept`
-writes that file anew: its difference says what a change costs.
+others. The gate fails where anything spills, where a main loop has narrow loads or stores or unpacked conversions (of
+the divergence and the sampler, "loops" are all that read both models), and where registers or the instructions of a
+main loop exceed what `codegen_gate.json` accepts. `--accept` writes that file anew: its difference says what a change
+costs.
 """
 
 import argparse
@@ -14,7 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from benchmarks.codegen import TARGETS, Machine, compiled, machine
+from benchmarks.codegen import TARGETS, Loop, Machine, compiled, machine
 from deepalign.kernels.launch import ALL_REGISTERS, SHARED_REGISTERS
 
 ACCEPTED = Path(__file__).parent / "codegen_gate.json"
@@ -155,7 +156,9 @@ def facts(case: tuple[str, str]) -> dict[str, Any]:
     found |= {"registers": made.registers, "spill_bytes": made.stack, "instructions": made.whole.instructions}
     found["parting_waits"] = parting_waits(binary.asm["ptx"])
     width = 4 if name.endswith("float32") else 8  # entries of a 16-byte access
-    return found | (_main_loops(made, width) if name.startswith("loss") and name != "loss, end of a row" else {})
+    if name.startswith(("divergence", "sampler")):
+        return found | _sweeps(made)
+    return found | (_main_loops(made, width) if name != "loss, end of a row" else {})
 
 
 def _amd_facts(assembly: str) -> dict[str, Any]:
@@ -187,11 +190,26 @@ def _main_loops(made: Machine, width: int) -> dict[str, Any]:
             found |= {
                 f"{key}_slots": round(loop.instructions / entries(loop), 2),
                 f"{key}_narrow": loop.count("LDG", "STG", "LDL", "STL") - loop.count("LDG.E.128", "STG.E.128"),
-                f"{key}_unpacked": sum(
-                    number for kind, number in loop.kinds.items() if kind.startswith("F2F") and "PACK_AB" not in kind
-                ),
+                f"{key}_unpacked": _unpacked(loop),
             }
     return found
+
+
+def _sweeps(made: Machine) -> dict[str, Any]:
+    """Of the kernels that read two models: the loops that load both, 16 bytes at a time, and access nothing else."""
+    wide = [loop for loop in made.loops if loop.count("LDG.E.128") >= 2]
+    sweeps = [loop for loop in wide if loop.count("LDG", "STG", "LDL", "STL") == loop.count("LDG.E.128")]
+    entries = lambda loop: 8 * loop.count("LDG.E.128") / 2  # noqa: E731  (16-bit logits)
+    return {
+        "sweeps": len(sweeps),
+        "sweeps_slots": round(sum(loop.instructions / entries(loop) for loop in sweeps), 2),
+        "sweeps_unpacked": sum(_unpacked(loop) for loop in sweeps),
+    }
+
+
+def _unpacked(loop: Loop) -> int:
+    """Conversions of one number at a time."""
+    return sum(number for kind, number in loop.kinds.items() if kind.startswith("F2F") and "PACK_AB" not in kind)
 
 
 def parting_waits(ptx: str) -> int:
@@ -216,6 +234,13 @@ def complaints(found: dict[str, Any], accepted: dict[str, Any] | None) -> list[s
     for key in ("wide_loads", "wide_stores"):
         if found.get(key, 0) < accepted.get(key, 0):
             wrong.append(f"{name}: {found[key]} {key.replace('_', ' ')} of 16 bytes, accepted {accepted[key]}")
+    if found.get("sweeps", 0) < accepted.get("sweeps", 0):
+        wrong.append(f"{name}: {found['sweeps']} loops load 16 bytes at a time, accepted {accepted['sweeps']}")
+    elif found.get("sweeps_slots", 0) > accepted.get("sweeps_slots", 0) + SLOT_SLACK * found.get("sweeps", 0):
+        slots = f"{found['sweeps_slots']} slots per entry in all loops, accepted {accepted.get('sweeps_slots')}"
+        wrong.append(f"{name}: {slots}")
+    if found.get("sweeps_unpacked"):
+        wrong.append(f"{name}: {found['sweeps_unpacked']} unpacked instructions in its loops")
     for key in ("pass_1", "pass_2"):
         if f"{key}_slots" in accepted:
             if f"{key}_slots" not in found:
@@ -233,12 +258,14 @@ def complaints(found: dict[str, Any], accepted: dict[str, Any] | None) -> list[s
 
 def table(every: list[dict[str, Any]]) -> str:
     """The facts, one case a line."""
-    lines = [f"{'target':8}{'kernel':30}{'regs':>5}{'spill':>6}{'code':>6}{'pass 1':>8}{'pass 2':>8}"]
+    lines = [f"{'target':8}{'kernel':30}{'regs':>5}{'spill':>6}{'code':>6}{'pass 1':>8}{'pass 2':>8}{'loops':>8}"]
     for found in every:
-        slots = (f"{found[key]:.2f}" if key in found else "" for key in ("pass_1_slots", "pass_2_slots"))
+        slots = (
+            f"{found[key]:.2f}" if key in found else "" for key in ("pass_1_slots", "pass_2_slots", "sweeps_slots")
+        )
         lines.append(
             f"{found['target']:8}{found['kernel']:30}{found['registers']:5}{found['spill_bytes']:6}"
-            f"{found['instructions']:6}{next(slots):>8}{next(slots):>8}"
+            f"{found['instructions']:6}{next(slots):>8}{next(slots):>8}{next(slots):>8}"
         )
     return "\n".join(lines)
 

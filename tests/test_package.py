@@ -14,7 +14,12 @@ from deepalign.cli import main
 
 def test_import_needs_nothing_but_torch_and_is_quick_to_say_so():
     code = (
-        "import sys, deepalign; deepalign.fused_completion_loss; deepalign.position_divergence\n"
+        "import sys, importlib.abc\n"
+        "class NoTriton(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'triton': raise ModuleNotFoundError(name)\n"
+        "sys.meta_path.insert(0, NoTriton())\n"
+        "import deepalign; deepalign.fused_completion_loss; deepalign.position_divergence\n"
         "heavy = {'transformers', 'deepspeed', 'accelerate', 'triton', 'yaml', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )

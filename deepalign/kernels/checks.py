@@ -309,6 +309,25 @@ def can_read_values(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, Parameter) and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def storable(tensor: Tensor, *, copy: bool = True) -> Tensor:
+    """What autograd may save of a tensor made under `torch.inference_mode`, which it refuses to; others as they are.
+
+    Args:
+        tensor: an inference tensor that carries no gradient, or any other.
+        copy: whether it is copied, or a tensor that shares its memory returned, which nobody may overwrite.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or not torch.is_grad_enabled()
+        or not tensor.is_inference()
+        or tensor.requires_grad
+    ):
+        return tensor
+    if copy:
+        return tensor.clone()
+    return tensor.new_empty(0).set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+
+
 def _announce_reference(device: torch.device, dtype: torch.dtype) -> None:
     global _reference_announced
     # The compiler is asked first: a compiled caller must not depend on the flag, or its change would recompile it.

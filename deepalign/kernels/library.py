@@ -40,7 +40,17 @@ LIBRARY.define("cpu_isa() -> str")
 LIBRARY.define("has_gemm_bf16() -> bool")
 WHY_NO_NATIVE = _load_native()
 
-WHY_NO_TRITON = None if find_spec("triton") else "triton is not installed (pip install 'deepalign[triton]')"
+
+def _why_no_triton() -> str | None:
+    """The reason why there is no Triton, None if there is; it is not imported to ask."""
+    try:
+        found = find_spec("triton") is not None
+    except (ImportError, ValueError):  # who keeps it out may raise instead
+        found = False
+    return None if found else "triton is not installed (pip install 'deepalign[triton]')"
+
+
+WHY_NO_TRITON = _why_no_triton()
 
 
 def implement_on_gpu(operation: str, *names: str) -> None:

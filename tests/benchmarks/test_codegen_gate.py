@@ -1,17 +1,22 @@
 """The gate on generated code complains of what is worse than accepted, and of nothing else."""
 
 import json
+from collections import Counter
 
 import pytest
 
 pytest.importorskip("triton")
 from benchmarks import codegen
-from benchmarks.codegen_gate import ACCEPTED, cases, complaints, table
+from benchmarks.codegen_gate import ACCEPTED, _sweeps, cases, complaints, table
 
 GOOD = {
     "target": "sm_90", "kernel": "loss", "registers": 92, "spill_bytes": 0, "instructions": 7000,
     "pass_1_slots": 21.9, "pass_1_narrow": 0, "pass_1_unpacked": 0,
     "pass_2_slots": 15.1, "pass_2_narrow": 0, "pass_2_unpacked": 0,
+}  # fmt: skip
+PAIR = {
+    "target": "sm_90", "kernel": "sampler", "registers": 122, "spill_bytes": 0, "instructions": 5352,
+    "sweeps": 6, "sweeps_slots": 165.5, "sweeps_unpacked": 0,
 }  # fmt: skip
 
 
@@ -39,6 +44,27 @@ def test_what_is_accepted_is_every_case_and_without_complaint() -> None:
 )
 def test_what_is_worse_fails(change: dict[str, float], message: str) -> None:
     assert any(message in line for line in complaints({**GOOD, **change}, GOOD))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sweeps": 5, "sweeps_slots": 140.0}, "5 loops load 16 bytes at a time, accepted 6"),
+        ({"sweeps_slots": 168.0}, "168.0 slots per entry in all loops, accepted 165.5"),
+        ({"sweeps_unpacked": 16}, "16 unpacked instructions in its loops"),
+    ],
+    ids=str,
+)
+def test_loops_that_read_two_models_and_got_worse_fail(change: dict[str, float], message: str) -> None:
+    assert complaints(PAIR, PAIR) == []
+    assert any(message in line for line in complaints({**PAIR, **change}, PAIR))
+
+
+def test_sweeps_are_the_loops_that_load_both_models_and_nothing_else() -> None:
+    kinds = [{"LDG.E.128": 2}, {"LDG.E.128": 2, "STG.E": 1}, {"LDG.E.128": 1}, {"LDG.E.128": 2, "F2F.BF16.F32": 4}]
+    loops = [codegen.Loop(80, Counter(of)) for of in kinds]
+    found = _sweeps(codegen.Machine(100, 0, 0, loops, loops[0]))
+    assert found == {"sweeps": 2, "sweeps_slots": 20.0, "sweeps_unpacked": 4}
 
 
 def test_a_spill_cannot_be_accepted() -> None:

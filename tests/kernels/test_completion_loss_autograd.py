@@ -106,6 +106,23 @@ def test_no_gradient_flows_to_the_frozen_models_or_the_weights(implementation: s
     assert (aligned.grad, base.grad, weight.grad) == (None, None, None)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@every_implementation
+def test_what_is_not_trained_may_be_made_in_inference_mode(implementation: str, reduction: str) -> None:
+    student, aligned, base = three_models(3, 40)
+    weight, given = torch.tensor([1.0, 0.0, 2.0]), torch.arange(6).view(3, 2)
+    with torch.inference_mode():
+        made = [tensor.clone() for tensor in (aligned, base, weight, given)]
+    gradients = []
+    for a, b, weight_N, given_NK in (made, (aligned, base, weight, given)):
+        _, gradient = loss_and_gradient(
+            student, a, b, kl_weight=weight_N, completion_weight=weight_N, top_k_indices=given_NK, reduction=reduction,
+            config=CONFIG, implementation=implementation,
+        )  # fmt: skip
+        gradients.append(gradient)
+    assert torch.equal(*gradients)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @every_implementation
 def test_inplace_leaves_the_gradient_in_the_logits(implementation: str, dtype: torch.dtype) -> None:
@@ -120,6 +137,16 @@ def test_inplace_leaves_the_gradient_in_the_logits(implementation: str, dtype: t
     for left, right in zip(output, expected_output, strict=True):
         torch.testing.assert_close(left, right)
         assert left.requires_grad == right.requires_grad
+
+
+@every_implementation
+def test_inplace_takes_no_rows_of_any_strides(implementation: str) -> None:
+    leaf = torch.zeros(2, 0, 1, requires_grad=True)
+    logits = (leaf * 1).as_strided((2, 0, 1), (0, 1, 0))  # as torch makes them of an expanded operand
+    others = torch.zeros(2, 2, 0, 1)
+    config = CompletionLossConfig(top_k=1)
+    fused_completion_loss(logits, *others, config=config, inplace=True, implementation=implementation).loss.backward()
+    assert leaf.grad is not None
 
 
 @every_implementation

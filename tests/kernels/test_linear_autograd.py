@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepalign.kernels.checks import storable
 from deepalign.kernels.completion_loss import fused_linear_completion_loss
 from deepalign.kernels.library import WHY_NO_NATIVE
 from tests.kernels.linear_helpers import CONFIG, Models, largest_error, linear, linear_models, materialised
@@ -99,18 +100,36 @@ def test_nothing_flows_to_the_frozen_models(recompute: bool) -> None:
 
 
 @every_way
-def test_hidden_states_of_the_frozen_models_may_be_made_in_inference_mode(reduction: str, recompute: bool) -> None:
-    models = linear_models(5)
+def test_all_but_what_is_trained_may_be_made_in_inference_mode(reduction: str, recompute: bool) -> None:
+    models, weight, given = linear_models(5), torch.tensor([1.0, 0.0, 2.0, 0.5, 1.0]), torch.arange(10).view(5, 2)
     with torch.inference_mode():
-        made = models._replace(aligned_hidden=models[2].clone(), base_hidden=models[4].clone())
+        made = Models(*models[:2], *(tensor.clone() for tensor in models[2:])), weight.clone(), given.clone()
     results = []
-    for given in (made, models):
-        trained = given.trained()
+    for frozen, weight_N, given_NK in (made, (models, weight, given)):
+        trained = frozen.trained()
         fused_linear_completion_loss(
-            *trained, config=CONFIG, reduction=reduction, recompute=recompute
+            *trained,
+            kl_weight=weight_N,
+            completion_weight=weight_N,
+            top_k_indices=given_NK,
+            config=CONFIG,
+            reduction=reduction,
+            recompute=recompute,
         ).loss.sum().backward()
         results.append([leaf.grad for leaf in trained.leaves()])
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
+
+
+def test_a_frozen_head_made_in_inference_mode_is_not_copied() -> None:
+    models = linear_models(5)
+    with torch.inference_mode():
+        head = models.student_lm_head.clone()
+    assert storable(head).data_ptr() != head.data_ptr() == storable(head, copy=False).data_ptr()
+    hidden = models.student_hidden.clone().requires_grad_()
+    fused_linear_completion_loss(hidden, head, *models[2:], config=CONFIG, recompute=True).loss.backward()
+    wanted = materialised(models.trained(head=False))[1][0]
+    assert hidden.grad is not None
+    assert largest_error(hidden.grad, wanted) <= 1e-5
 
 
 def test_a_head_alone_may_be_trained() -> None:

@@ -16,6 +16,7 @@ from deepalign.kernels.checks import (
     choose_implementation,
     compute_dtype,
     is_plain,
+    storable,
 )
 from deepalign.kernels.completion_loss import cpu
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs, CompletionLossOutput
@@ -208,7 +209,7 @@ def row_weights(
 
 def _row_weight(name: str, weight: Tensor | None, rows: Tensor, reduction: str) -> Tensor:
     if weight is not None or torch.compiler.is_compiling():
-        weight_N = check_row_weight(name, weight, rows)
+        weight_N = storable(check_row_weight(name, weight, rows))
         return divided_by_sum(weight_N) if reduction == "mean" else weight_N
     # Every row alike: known without an operation on tensors, of which each costs what some hundred entries cost.
     shape = rows.shape[:-1]

@@ -79,6 +79,8 @@ def _check_overwritable(student_NV: Tensor, **frozen: Tensor) -> None:
 
 def _may_overlap(tensor: Tensor) -> bool:
     """Whether two entries may share memory: sorted by stride, a dimension must step over all smaller ones."""
+    if not tensor.numel():
+        return False
     span = 0
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size > 1 and stride <= span:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from deepalign.kernels.checks import compute_dtype, implementation_name
+from deepalign.kernels.checks import compute_dtype, implementation_name, storable
 from deepalign.kernels.completion_loss import linear_op  # noqa: F401  (defines the ops)
 from deepalign.kernels.completion_loss.api import (
     IMPLEMENTATIONS,
@@ -89,7 +89,11 @@ def fused_linear_completion_loss(
         check_no_tangent(name, tensor)
     dhidden, dlm_head = _gradients_in_forward(student, student_head, reduction, recompute)
     if not (dhidden or dlm_head):  # kept for the backward, which torch refuses for tensors of inference mode
-        aligned, base = map(_storable, (aligned, base))
+        student, aligned, base = map(storable, (student, aligned, base))
+        student_head, aligned_head, base_head = (
+            storable(head, copy=False) for head in (student_head, aligned_head, base_head)
+        )
+        top_k_indices = None if top_k_indices is None else storable(top_k_indices)
     if chunk_rows is None:
         chunk_rows = _chosen_chunk_rows(student, student_head, vocab_size, logit_softcap is not None, dhidden)
     output = torch.ops.deepalign.linear_completion_loss(
@@ -127,12 +131,6 @@ def _gradients_in_forward(student: Tensor, head: Tensor, reduction: str, recompu
     if recompute or (dlm_head and reduction == "none"):
         return False, False
     return dhidden, dlm_head
-
-
-def _storable(hidden: Tensor) -> Tensor:
-    """A copy that autograd may save, of hidden states made under `torch.inference_mode`."""
-    outside = torch.is_grad_enabled() and not torch.compiler.is_compiling()
-    return hidden.clone() if outside and hidden.is_inference() else hidden
 
 
 def _chosen_chunk_rows(student: Tensor, head: Tensor, vocab_size: int, softcap: bool, dhidden: bool) -> int:

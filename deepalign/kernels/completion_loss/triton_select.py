@@ -154,7 +154,14 @@ def _choose(
     return squares, offsets
 
 
-@triton.jit(do_not_specialize=["K"])
+# As of `rows_kernel`.
+PER_ROW = [
+    *("wd_ptr", "wc_ptr", "given_ptr", "listed_ptr", "raise_ptr", "loss_ptr", "kl_ptr", "completion_ptr", "alpha_ptr"),
+    *("out_count_ptr", "out_index_ptr", "out_difference_ptr"),
+]
+
+
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=PER_ROW)
 def select_kernel(
     a_ptr, b_ptr, g_ptr, wd_ptr, wc_ptr, given_ptr, listed_ptr, words_ptr, index_ptr, value_ptr, found_ptr, count_ptr,
     raise_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, out_count_ptr, out_index_ptr, out_difference_ptr, stride_a,

@@ -313,7 +313,11 @@ def _shared(a_top_ptr, b_top_ptr, a_ptr, b_ptr, threshold, n):
     return tl.sum(size), tl.sum(common), tl.sum(favored_count)
 
 
-@triton.jit(do_not_specialize=["n"])
+# Of what has entries per row, the place in memory changes with their number: to compile for it would be once more.
+PER_ROW = ["kl_ptr", "reverse_ptr", "jsd_ptr", "overlap_ptr", "count_ptr", "in_top_ptr", "a_top_ptr", "b_top_ptr"]
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PER_ROW)
 def divergence_kernel(
     a_ptr, b_ptr, kl_ptr, reverse_ptr, jsd_ptr, overlap_ptr, count_ptr, in_top_ptr, index_ptr, value_ptr, a_top_ptr,
     b_top_ptr, stride_a, stride_b, lead, vocab, n, BLOCK: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,

@@ -357,7 +357,7 @@ def divergence_kernel(
                 CAPACITY,
             )  # fmt: skip
         size, common, in_top = _shared(a_top_ptr, b_top_ptr, a_ptr + shift, b_ptr + shift, threshold, n)
-        overlap = common.to(tl.float32) / size.to(tl.float32)
+        overlap = tl.div_rn(common.to(tl.float32), size.to(tl.float32))  # `/` may say 0.99999994
     tl.store(kl_ptr + row, kl)
     tl.store(reverse_ptr + row, reverse)
     tl.store(jsd_ptr + row, jsd)

@@ -162,7 +162,7 @@ matrix: $(READY) $(NATIVE) $(COMM)
 	$(BIN)/python -m tests.train.matrix --out docs/results --work build/matrix
 
 # The gpu targets run on GPU_PYTHON. With another than the virtual environment's nothing is set up and nothing installed:
-# make gpu GPU_PYTHON=python3, where that has torch, triton and pytest.
+# make gpu GPU_PYTHON=python3, where that has torch, triton, pytest, pytest-timeout and pytest-benchmark.
 GPU_PYTHON ?= $(BIN)/python
 GPU_READY = $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(READY))
 # GPU_FLAGS= also times the peers under torch.compile, some minutes more.
@@ -209,9 +209,10 @@ gpu-check-rest: $(GPU_READY)
 
 gpu-loss: $(GPU_READY)
 	@echo "== the loss on a GPU, a process per shape"
-	$(GPU_PYTHON) -m benchmarks.gpu loss --shapes 0 --out $(RESULTS)/gpu-loss-8192x128256.json $(GPU_FLAGS)
-	$(GPU_PYTHON) -m benchmarks.gpu loss --shapes 1 --out $(RESULTS)/gpu-loss-4096x151936.json $(GPU_FLAGS)
-	$(GPU_PYTHON) -m benchmarks.gpu loss --shapes 2 --out $(RESULTS)/gpu-loss-16384x32000.json $(GPU_FLAGS)
+	@failed=0; number=0; for shape in 8192x128256 4096x151936 16384x32000; do \
+		$(GPU_PYTHON) -m benchmarks.gpu loss --shapes $$number --out $(RESULTS)/gpu-loss-$$shape.json $(GPU_FLAGS) || failed=1; \
+		number=$$((number + 1)); \
+	done; exit $$failed
 
 gpu-sampler: $(GPU_READY)
 	@echo "== the sampler on a GPU, in CUDA graphs"

@@ -54,13 +54,15 @@ def compiled(kernel: Any, types: Mapping[str, str], constants: Mapping[str, Any]
     Args:
         kernel: a `triton.jit` function.
         types: of every argument that is no constant: "*bf16", "i32", "fp32"; a trailing ":16" says that it is a
-            multiple of 16, as the launcher would find.
+            multiple of 16, as the launcher would find, if it looks.
         constants: by name.
         target: of `TARGETS`.
     """
     names = kernel.arg_names
     signature = {name: types[name].removesuffix(":16") if name in types else "constexpr" for name in names}
-    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n, kind in types.items() if kind.endswith(":16")}
+    looked_at = {one.name for one in kernel.params if not one.do_not_specialize_on_alignment}
+    whole = [name for name, kind in types.items() if kind.endswith(":16") and name in looked_at]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in whole}
     source = ASTSource(kernel, signature=signature, constexprs=dict(constants), attrs=attributes)
     return triton.compile(source, target=TARGETS[target], options=dict(options))
 

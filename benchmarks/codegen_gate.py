@@ -99,9 +99,9 @@ def _end_of_a_row(target: str) -> Any:
 def _divergence(target: str, warps: int) -> Any:
     from deepalign.kernels.position_divergence.triton import divergence_kernel
 
-    constants = {"BLOCK": 2048, "TILES": 64, "LANES": 16, "CAPACITY": 256, "LISTED": False, "ALIGN": 1}
+    constants = {"BLOCK": 2048, "TILES": 64, "LANES": 8, "CAPACITY": 256, "LISTED": False, "ALIGN": 1}
     types = {name: _kind(name) for name in divergence_kernel.arg_names if name not in constants}
-    return compiled(divergence_kernel, types, constants, target, num_warps=warps, **_options(target, ALL_REGISTERS))
+    return compiled(divergence_kernel, types, constants, target, num_warps=warps, **_options(target, SHARED_REGISTERS))
 
 
 def _sampler(target: str, name: str, warps: int) -> Any:

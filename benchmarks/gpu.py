@@ -58,15 +58,26 @@ class Clock:
         return start.elapsed_time(end)
 
 
-def take_turns(contestants: dict[str, Contestant], clock: Clock, rounds: int) -> dict[str, dict[str, float]]:
-    """Median, least and largest time of each in ms; two rounds before are not counted."""
+def take_turns(
+    contestants: dict[str, Contestant], clock: Clock, rounds: int, failures: list[str]
+) -> dict[str, dict[str, float]]:
+    """Median, least and largest time of each in ms; two rounds before are not counted.
+
+    One that raises (a peer that is out of memory, say) plays no further, and `failures` says why.
+    """
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 2):
-        for name, contestant in contestants.items():
-            contestant.prepare()
-            elapsed = clock.time(contestant.call)
-            if turn >= 2:
-                times[name].append(elapsed)
+        for name in list(times):
+            try:
+                contestants[name].prepare()
+                elapsed = clock.time(contestants[name].call)
+            except Exception as error:
+                del times[name]
+                failures.append(f"{name}: {type(error).__name__}: {error}")
+                print(f"failed, the others go on: {failures[-1]}", file=sys.stderr, flush=True)
+            else:
+                if turn >= 2:
+                    times[name].append(elapsed)
     return {name: {"ms": statistics.median(t), "least_ms": min(t), "most_ms": max(t)} for name, t in times.items()}
 
 
@@ -133,7 +144,7 @@ def loss_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 peers = {name: loss for name, loss in loss_peers().items() if name in options.peers}
                 entered |= {name: made.peer(loss, mode) for name, loss in peers.items()}
             useful = tensors * count * vocab * 2
-            for name, times in take_turns(entered, Clock(options.device), options.rounds).items():
+            for name, times in take_turns(entered, Clock(options.device), options.rounds, options.failures).items():
                 gb_per_s = useful / times["ms"] / 1e6
                 row = {
                     "operation": "completion_loss",
@@ -192,7 +203,7 @@ def sampler_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 call()  # compiles
             graphs = {name: captured(call, options.device) for name, call in calls.items()}
             entered = {name: Contestant(call) for name, (call, _) in graphs.items()}
-            for name, times in take_turns(entered, Clock(options.device), options.rounds).items():
+            for name, times in take_turns(entered, Clock(options.device), options.rounds, options.failures).items():
                 us = 1e3 * times["ms"] / graphs[name][1]
                 row = {
                     "operation": "contrastive_sample",
@@ -205,7 +216,7 @@ def sampler_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure; every row is printed and saved as soon as it is there."""
+    """Measure; every row is printed and saved as soon as it is there. 1 if somebody failed, 2 without a GPU."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("what", choices=("loss", "sampler", "linear"))
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
@@ -215,11 +226,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--peers", nargs="*", default=["eager", "compile"])
     parser.add_argument("--rounds", type=int, default=30)
     options = parser.parse_args(arguments)
+    options.failures = []  # who could not be timed, and why
     if options.device == "cuda" and not torch.cuda.is_available():
         print("error: no GPU here; --device cpu --tiny tests the script", file=sys.stderr)
         return 2
     if options.what == "linear":
-        rows = linear_rows(options, lambda entered: take_turns(entered, Clock(options.device), options.rounds))
+        rows = linear_rows(
+            options, lambda entered: take_turns(entered, Clock(options.device), options.rounds, options.failures)
+        )
     else:
         rows = loss_rows(options) if options.what == "loss" else sampler_rows(options)
     device = torch.cuda.get_device_name() if options.device == "cuda" else "cpu"
@@ -231,7 +245,9 @@ def main(arguments: list[str] | None = None) -> int:
         figures = {name: round(value, 4) for name, value in row.items() if isinstance(value, float)}
         what = row.get("shape", row.get("case")), row.get("mode", row.get("options"))
         print(*what, row["contestant"], figures, flush=True)
-    return 0
+    if options.failures:
+        write_text_atomic(options.out, json.dumps(result | {"failures": options.failures}, indent=1) + "\n")
+    return 1 if options.failures else 0
 
 
 if __name__ == "__main__":

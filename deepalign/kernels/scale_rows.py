@@ -31,7 +31,7 @@ def scale_rows_(matrix: Tensor, factors: Tensor) -> Tensor:
     return matrix
 
 
-@triton.jit(do_not_specialize=["rows", "stride_f"])
+@triton.jit(do_not_specialize=["rows", "stride_f"], do_not_specialize_on_alignment=["factor_ptr"])
 def scale_kernel(x_ptr, factor_ptr, rows, stride_x, stride_f, width, BLOCK: tl.constexpr):
     """Every program takes every num_programs-th of the rows (N, V) of x and their factors (N,)."""
     wide: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32

@@ -61,3 +61,15 @@ def test_what_is_measured_before_it_fails_is_saved(tmp_path: Path, monkeypatch: 
     with pytest.raises(RuntimeError, match="out of memory"):
         main(["loss", "--out", str(tmp_path / "gpu.json"), "--device", "cpu", "--tiny"])
     assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 1
+
+
+def test_who_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*models: object) -> None:
+        raise MemoryError("18 temporaries")
+
+    monkeypatch.setattr(gpu, "loss_peers", lambda: {"eager": too_large})
+    out = tmp_path / "gpu.json"
+    assert main(["loss", "--out", str(out), "--device", "cpu", "--tiny", "--peers", "eager", "--rounds", "1"]) == 1
+    result = json.loads(out.read_text())
+    assert len([row for row in result["rows"] if row["contestant"] == "reference"]) == 3
+    assert result["failures"] == ["eager: MemoryError: 18 temporaries"] * 2

@@ -97,6 +97,46 @@ def test_nothing_is_asked_of_a_device_or_compiled_at_import() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": str(Path.cwd())})
 
 
+def test_nothing_is_compiled_again_for_another_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three statistics in one buffer begin at multiples of 16 bytes for every fourth number of rows only."""
+    pytest.importorskip("triton")
+    from deepalign.kernels.completion_loss import triton as loss
+    from deepalign.kernels.contrastive_sample import triton as sampler
+    from deepalign.kernels.position_divergence import triton as statistics
+
+    looked_at: dict[str, set[tuple[object, ...]]] = {}
+
+    class Recorder:
+        def __init__(self, module: object, name: str) -> None:
+            self.kernel, self.name = getattr(module, name), name
+            monkeypatch.setattr(module, name, self)
+
+        def __getitem__(self, grid: object):
+            def launched(*arguments: object, **options: object) -> None:
+                key = [
+                    given.data_ptr() % 16 == 0 if isinstance(given, torch.Tensor) else given
+                    for given, parameter in zip(arguments, self.kernel.params, strict=False)
+                    if not (parameter.do_not_specialize or parameter.do_not_specialize_on_alignment)
+                ]
+                looked_at.setdefault(self.name, set()).add((*key, *sorted(options.items())))
+
+            return launched
+
+    for module, name in (
+        (loss, "rows_kernel"), (loss, "select_kernel"), (statistics, "divergence_kernel"), (sampler, "sample_kernel"),
+    ):  # fmt: skip
+        Recorder(module, name)
+    weights, uniforms = torch.ones(2, 9), torch.zeros(10, dtype=torch.float64)
+    for rows in range(1, 9):
+        models = [torch.zeros(rows, 64) for _ in range(4)]
+        rest = (5, 1.2, 2.0, 1.0, 1.0, 1e-3, False, False, False, 64)
+        loss.completion_loss_(*models[:3], weights[0, :rows], weights[1, :rows], None, *rest, models[3])
+        statistics.position_divergence(*models[:2], 5, 64)
+        sampler.contrastive_sample(*models[:2], uniforms[rows % 2 :][:rows], 0.5, 1.0, 5, 0.9, 0.0, False, 64)
+    assert {name: len(keys) for name, keys in looked_at.items()} == dict.fromkeys(looked_at, 1)
+    assert len(looked_at) == 4
+
+
 def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton launches on the current device; tensors on another would be read from there, or not at all."""
     entered: list[object] = []

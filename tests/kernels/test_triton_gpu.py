@@ -199,6 +199,13 @@ def test_sampler_and_statistics_are_the_references(case: Case) -> None:
         assert int((found.token_ids != expected.token_ids).sum()) <= 1 + rows // 100
 
 
+def test_a_top_is_whole_in_itself() -> None:
+    """A product with the rounded reciprocal, the fast division, is 0.99999994 for 41 of 41, and for seven others."""
+    logits = torch.randn(1, 300, device="cuda")
+    for top_n in range(1, 101):
+        assert position_divergence(logits, logits, top_n=top_n, implementation="triton").top_overlap.item() == 1.0
+
+
 def requested(which: str) -> int:
     """Bytes asked for, without what the allocator adds to round them: up to a MiB for a large tensor."""
     return torch.cuda.memory_stats()[f"requested_bytes.all.{which}"]

@@ -153,7 +153,7 @@ def optimistic_offsets(s, a, b, mix, scale, FROM_STUDENT: tl.constexpr):
 @triton.jit
 def _offset(offset, from_logits, careful, scale):
     """The programs' offsets in one unit: bits, or logits if the row is careful."""
-    return tl.where(careful, tl.where(from_logits > 0, offset, offset / scale), offset)
+    return tl.where(careful, tl.where(from_logits > 0, offset, tl.div_rn(offset, scale)), offset)
 
 
 @triton.jit

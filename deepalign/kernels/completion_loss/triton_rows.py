@@ -312,7 +312,11 @@ def _gather_given(s_ptr, given_ptr, value_ptr, K, vocab, part, S: tl.constexpr, 
         tl.store(value_ptr + at, value, mask=at < K)
 
 
-@triton.jit(do_not_specialize=["k", "K"])
+# Of what has entries per row, the place in memory changes with their number: to compile for it would be once more.
+PER_ROW = ["wd_ptr", "wc_ptr", "given_ptr", "raise_ptr"]
+
+
+@triton.jit(do_not_specialize=["k", "K"], do_not_specialize_on_alignment=PER_ROW)
 def rows_kernel(
     s_ptr, a_ptr, b_ptr, g_ptr, wd_ptr, wc_ptr, given_ptr, words_ptr, ticket_ptr, index_ptr, value_ptr, found_ptr,
     count_ptr, raise_ptr, stride_s, stride_a, stride_b, stride_g, lead, vocab, width, k, K, mix, scale, tau,

@@ -46,28 +46,49 @@ def _listed(
 
 
 @triton.jit
+def _join_lists(index_ptr, value_ptr, found_ptr, S: tl.constexpr, CAPACITY: tl.constexpr):
+    """Move what the programs of a row have listed up to one list; return its length.
+
+    Where many programs share a row each lists a few entries, and every list is a chunk of its own to be ranked against
+    all others: 1024 steps for 32 programs, 16 for one list of 120. No entry is overwritten before it is read: each
+    moves down or stays, those of one chunk together.
+    """
+    lists = tl.arange(0, S)
+    counts = tl.load(found_ptr + lists)
+    ends, total = tl.cumsum(counts, 0), tl.sum(counts)
+    for first in range(0, total, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        free = tl.where(ends[None, :] <= at[:, None], CAPACITY - counts[None, :], 0)
+        source = at + tl.sum(free, 1)
+        index = tl.load(index_ptr + source, mask=at < total, other=-1)
+        value = tl.load(value_ptr + source, mask=at < total, other=0.0)
+        tl.store(index_ptr + at, index, mask=at < total)
+        tl.store(value_ptr + at, value, mask=at < total)
+    tl.store(found_ptr + lists, tl.where(lists == 0, total, 0))  # for a second launch
+    tl.debug_barrier()
+    return total
+
+
+@triton.jit
 def _rank(
-    at, index, key, a_ptr, b_ptr, given_ptr, index_ptr, value_ptr, found_ptr, K, vocab,
-    LISTS: tl.constexpr, CAPACITY: tl.constexpr, FROM_STUDENT: tl.constexpr, GIVEN: tl.constexpr,
+    at, index, key, a_ptr, b_ptr, given_ptr, index_ptr, value_ptr, end, vocab, FROM_STUDENT: tl.constexpr,
+    GIVEN: tl.constexpr,
 ):  # fmt: skip
     """How many listed entries come before these: larger d, or the same and a lower index. Given: equal ones before."""
     rank = tl.zeros([CHUNK], tl.int32)
-    for other in range(0, LISTS):
-        end = K if GIVEN else tl.load(found_ptr + other)
-        for first in range(0, end, CHUNK):
-            index_2, _, key_2, _ = _listed(
-                a_ptr, b_ptr, given_ptr, index_ptr + other * CAPACITY, value_ptr + other * CAPACITY,
-                first, end, vocab, FROM_STUDENT, GIVEN,
-            )  # fmt: skip
-            same = key_2[None, :] == key[:, None]
-            if GIVEN:
-                before = (
-                    same & (index_2[None, :] == index[:, None]) & ((first + tl.arange(0, CHUNK))[None, :] < at[:, None])
-                )
-                before = before & (key_2[None, :] > LOWEST_KEY)
-            else:
-                before = (key_2[None, :] > key[:, None]) | (same & (index_2[None, :] < index[:, None]))
-            rank += tl.sum(before.to(tl.int32), 1)
+    for first in range(0, end, CHUNK):
+        index_2, _, key_2, _ = _listed(
+            a_ptr, b_ptr, given_ptr, index_ptr, value_ptr, first, end, vocab, FROM_STUDENT, GIVEN
+        )
+        same = key_2[None, :] == key[:, None]
+        if GIVEN:
+            before = (
+                same & (index_2[None, :] == index[:, None]) & ((first + tl.arange(0, CHUNK))[None, :] < at[:, None])
+            )
+            before = before & (key_2[None, :] > LOWEST_KEY)
+        else:
+            before = (key_2[None, :] > key[:, None]) | (same & (index_2[None, :] < index[:, None]))
+        rank += tl.sum(before.to(tl.int32), 1)
     return rank
 
 
@@ -122,39 +143,43 @@ def _choose(
     Returns the sums over M of (s - mean)^2 and of s - mean, in fp32.
     """
     squares, offsets = tl.zeros([CHUNK], tl.float32), tl.zeros([CHUNK], tl.float32)
-    for own in range(0, 1 if GIVEN else S):
-        end = K if GIVEN else tl.load(found_ptr + own)
-        for first in range(0, end, CHUNK):
-            at = first + tl.arange(0, CHUNK)
-            index, s, key, d = _listed(
-                a_ptr, b_ptr, listed_ptr, index_ptr + own * CAPACITY, value_ptr + own * CAPACITY,
-                first, end, vocab, FROM_STUDENT, GIVEN,
-            )  # fmt: skip
-            rank = tl.zeros([CHUNK], tl.int32)
-            if not (GIVEN and DISTINCT):
-                rank = _rank(
-                    at, index, key, a_ptr, b_ptr, listed_ptr, index_ptr, value_ptr, found_ptr, K, vocab,
-                    1 if GIVEN else S, CAPACITY, FROM_STUDENT, GIVEN,
-                )  # fmt: skip
-            member = (key > LOWEST_KEY) & (rank < (1 if GIVEN else K))
-            e = tl.where(member, s - mean, 0.0)
-            squares += e * e
-            offsets += e
-            if STATISTICS and not GIVEN:
-                tl.store(out_index_ptr + rank, index, mask=member)
-            if STATISTICS and not DISTILL:
-                tl.store(out_difference_ptr + (at if GIVEN else rank), d, mask=member)
-            if FIX:
-                part_s, part_t, gap, kl = facts
-                a = tl.load(a_ptr + index, mask=member, other=0.0).to(tl.float32)
-                b = tl.load(b_ptr + index, mask=member, other=0.0).to(tl.float32)
-                g = careful_gradient(s, a, b, part_s, part_t, gap, kl, wd, mix, scale, tau, careful, TEACHER_STUDENT)
-                g += penalty * e + raise_by
-                tl.store(g_ptr + index, g.to(g_ptr.dtype.element_ty), mask=member)
+    end = K if GIVEN else _join_lists(index_ptr, value_ptr, found_ptr, S, CAPACITY)
+    for first in range(0, end, CHUNK):
+        at = first + tl.arange(0, CHUNK)
+        index, s, key, d = _listed(
+            a_ptr, b_ptr, listed_ptr, index_ptr, value_ptr, first, end, vocab, FROM_STUDENT, GIVEN
+        )
+        rank = tl.zeros([CHUNK], tl.int32)
+        if not (GIVEN and DISTINCT):
+            rank = _rank(
+                at, index, key, a_ptr, b_ptr, listed_ptr, index_ptr, value_ptr, end, vocab, FROM_STUDENT, GIVEN
+            )
+        member = (key > LOWEST_KEY) & (rank < (1 if GIVEN else K))
+        e = tl.where(member, s - mean, 0.0)
+        squares += e * e
+        offsets += e
+        if STATISTICS and not GIVEN:
+            tl.store(out_index_ptr + rank, index, mask=member)
+        if STATISTICS and not DISTILL:
+            tl.store(out_difference_ptr + (at if GIVEN else rank), d, mask=member)
+        if FIX:
+            part_s, part_t, gap, kl = facts
+            a = tl.load(a_ptr + index, mask=member, other=0.0).to(tl.float32)
+            b = tl.load(b_ptr + index, mask=member, other=0.0).to(tl.float32)
+            g = careful_gradient(s, a, b, part_s, part_t, gap, kl, wd, mix, scale, tau, careful, TEACHER_STUDENT)
+            g += penalty * e + raise_by
+            tl.store(g_ptr + index, g.to(g_ptr.dtype.element_ty), mask=member)
     return squares, offsets
 
 
-@triton.jit(do_not_specialize=["K"])
+# As of `rows_kernel`.
+PER_ROW = [
+    *("wd_ptr", "wc_ptr", "given_ptr", "listed_ptr", "raise_ptr", "loss_ptr", "kl_ptr", "completion_ptr", "alpha_ptr"),
+    *("out_count_ptr", "out_index_ptr", "out_difference_ptr"),
+]
+
+
+@triton.jit(do_not_specialize=["K"], do_not_specialize_on_alignment=PER_ROW)
 def select_kernel(
     a_ptr, b_ptr, g_ptr, wd_ptr, wc_ptr, given_ptr, listed_ptr, words_ptr, index_ptr, value_ptr, found_ptr, count_ptr,
     raise_ptr, loss_ptr, kl_ptr, completion_ptr, alpha_ptr, out_count_ptr, out_index_ptr, out_difference_ptr, stride_a,

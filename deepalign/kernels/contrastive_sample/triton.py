@@ -139,7 +139,11 @@ def lanes_at_once(block: int, tiles: int) -> int:
     return max(1, min(block // 2, GATHERED // (2 * triton.next_power_of_2(tiles))))
 
 
-@triton.jit(do_not_specialize=["top_k", "wanted"])
+# Of what has entries per row, the place in memory changes with their number: to compile for it would be once more.
+PER_ROW = ["uniforms_ptr", "token_ptr", "logprob_ptr", "most_ptr", "mass_ptr", "count_ptr", "first_ptr"]
+
+
+@triton.jit(do_not_specialize=["top_k", "wanted"], do_not_specialize_on_alignment=PER_ROW)
 def sample_kernel(
     a_ptr, b_ptr, uniforms_ptr, token_ptr, logprob_ptr, words_ptr, done_ptr, index_ptr, value_ptr, most_ptr, mass_ptr,
     count_ptr, first_ptr, stride_a, stride_b, vocab, share, alpha, temperature, top_k, wanted, top_p, min_p,

@@ -28,7 +28,7 @@ from deepalign.kernels.completion_loss.triton import (
 )
 from deepalign.kernels.completion_loss.triton_math import exponential
 from deepalign.kernels.eager_math import top_k_lowest_index
-from deepalign.kernels.launch import ALL_REGISTERS, at_most_registers, launch_of
+from deepalign.kernels.launch import ALL_REGISTERS, SHARED_REGISTERS, at_most_registers, launch_of
 from deepalign.kernels.row_math import (
     INFINITY,
     LN2,
@@ -46,7 +46,7 @@ from deepalign.kernels.row_select import ENTRY, collect, write_largest
 
 BOUND_ROUNDS = tl.constexpr(8)
 CHUNK = tl.constexpr(32)
-GATHERED = 2048  # entries that `collect` looks into at once: more would not stay in registers
+GATHERED = 1024  # entries that `collect` looks into at once: with more, two programs would not share registers
 
 
 def base_favored_tokens(aligned: Tensor, base: Tensor, top_k: int, vocab_size: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -89,7 +89,7 @@ def position_divergence(aligned: Tensor, base: Tensor, top_n: int, vocab_size: i
             from_16_bytes(aligned, lead), from_16_bytes(base, lead), *floats, *counts, index, value, top[0], top[1],
             aligned.stride(0), base.stride(0), lead, vocab_size, top_n, BLOCK=block, TILES=tiles, LANES=lanes,
             CAPACITY=capacity, LISTED=listed, ALIGN=align, num_warps=launch.warps, enable_fp_fusion=True,
-            **at_most_registers(ALL_REGISTERS),
+            **at_most_registers(SHARED_REGISTERS if aligned.element_size() == 2 else ALL_REGISTERS),
         )  # fmt: skip
     return (*floats.unbind(), *counts.unbind())
 
@@ -313,7 +313,11 @@ def _shared(a_top_ptr, b_top_ptr, a_ptr, b_ptr, threshold, n):
     return tl.sum(size), tl.sum(common), tl.sum(favored_count)
 
 
-@triton.jit(do_not_specialize=["n"])
+# Of what has entries per row, the place in memory changes with their number: to compile for it would be once more.
+PER_ROW = ["kl_ptr", "reverse_ptr", "jsd_ptr", "overlap_ptr", "count_ptr", "in_top_ptr", "a_top_ptr", "b_top_ptr"]
+
+
+@triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=PER_ROW)
 def divergence_kernel(
     a_ptr, b_ptr, kl_ptr, reverse_ptr, jsd_ptr, overlap_ptr, count_ptr, in_top_ptr, index_ptr, value_ptr, a_top_ptr,
     b_top_ptr, stride_a, stride_b, lead, vocab, n, BLOCK: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
@@ -353,7 +357,7 @@ def divergence_kernel(
                 CAPACITY,
             )  # fmt: skip
         size, common, in_top = _shared(a_top_ptr, b_top_ptr, a_ptr + shift, b_ptr + shift, threshold, n)
-        overlap = common.to(tl.float32) / size.to(tl.float32)
+        overlap = tl.div_rn(common.to(tl.float32), size.to(tl.float32))  # `/` may say 0.99999994
     tl.store(kl_ptr + row, kl)
     tl.store(reverse_ptr + row, reverse)
     tl.store(jsd_ptr + row, jsd)

@@ -35,7 +35,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def arguments(models: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     names = ["--aligned", str(models / "aligned"), "--base", str(models / "base")]
-    files = ["--input", str(prompts), "--output", str(out), "--batch-size", "4", "--no-progress"]
+    files = ["--input", str(prompts), "--out", str(out), "--batch-size", "4", "--no-progress"]
     return ["sample", *names, *files, "--alpha", "0.5", "--max-new-tokens", "6", *more]
 
 
@@ -218,7 +218,7 @@ def test_bad_options_are_refused_in_one_message(models, prompts, tmp_path, capsy
 
 
 def test_alpha_0_needs_no_base_and_an_adapter_no_aligned_model(models, prompts, tmp_path):
-    files = ["--input", str(prompts), "--output"]
+    files = ["--input", str(prompts), "--out"]
     aligned = ["--aligned", str(models / "aligned"), "--alpha", "0", "--no-progress"]
     assert main(["sample", *aligned, *files, str(tmp_path / "alone.jsonl"), "--max-new-tokens", "6"]) == 0
     alone = [json.loads(line)["text"] for line in (tmp_path / "alone.jsonl").read_text().splitlines()]

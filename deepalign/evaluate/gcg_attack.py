@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import prompt_token_ids
+from deepalign.data.chat import dated_prompt, prompt_token_ids
 from deepalign.data.files import naming
 from deepalign.data.resumable import json_object, locked
 from deepalign.evaluate.gcg import GcgSettings, mean_and_sd, optimise_suffix
@@ -120,6 +120,7 @@ class _Attack:
             "examples": [asdict(example) for example in examples],
             "universal_on": universal_on and [asdict(example) for example in universal_on],
             "max_new_tokens": self.max_new_tokens,
+            **dated_prompt(self.tokenizer),
         }
 
     def run(

@@ -3,11 +3,14 @@
 import argparse
 import json
 import time
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.utils import chat_template_utils
 
 from deepalign.cli import main
 from deepalign.data.resumable import ResumableFile, open_resumable, settings_path
@@ -169,6 +172,19 @@ def test_a_row_without_a_distribution_is_named_with_the_place_of_its_batch(model
     make_tokenizer().save_pretrained(tmp_path / "aligned")
     message = refused(capsys, *arguments(models, prompts, tmp_path / "o.jsonl", "--aligned", str(tmp_path / "aligned")))
     assert f"{prompts}, rows from 4 on: row 3 has no distribution" in message
+
+
+def test_a_file_is_not_continued_on_another_day_where_the_prompt_has_the_date(prompts, tmp_path, capsys, monkeypatch):
+    folder, out = save_pair(tmp_path), tmp_path / "out.jsonl"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('w%d') }} " + tokenizer.chat_template
+    tokenizer.save_pretrained(folder / "aligned")
+    pair = ("--aligned", str(folder / "aligned"), "--base", str(folder / "base"), "--max-new-tokens", "1")
+    files = ("--input", str(prompts), "--out", str(out), "--no-progress")
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2026, 7, 26)))
+    assert main(["sample", *pair, *files]) == 0
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2026, 7, 27)))
+    assert "other settings (prompt_with_its_date)" in refused(capsys, "sample", *pair, *files)
 
 
 def test_two_writers_are_refused(models, prompts, tmp_path, capsys):

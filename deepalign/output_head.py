@@ -14,6 +14,17 @@ from torch import Tensor, nn
 
 from deepalign.kernels.lm_head import lm_head_weight
 
+_SOFTCAPS = (
+    "final_logit_softcapping",  # Gemma
+    "logits_soft_cap",  # RecurrentGemma
+    "output_logit_soft_cap",  # xLSTM
+)
+_FACTORS = (
+    "logit_scale",  # Cohere
+    "lm_head_multiplier",  # Falcon-H1
+    "output_multiplier",  # Muse
+)
+_DIVISORS = ("logits_scaling",)  # Granite
 _LARGE = 64.0  # a logit well above any softcap (15 to 50)
 
 
@@ -144,9 +155,12 @@ def _unwrapped(model: Any) -> Any:
 def logit_transform(model: Any) -> tuple[float | None, float]:
     """(softcap, scale) of a model's logits, as the families name them in their configurations."""
     config = model.config.get_text_config()
-    softcap = getattr(config, "final_logit_softcapping", None)
-    scale = getattr(config, "logit_scale", None)
-    scaling = getattr(config, "logits_scaling", None)
-    if scale is None:
-        scale = 1.0 if scaling is None else 1.0 / float(scaling)
-    return None if softcap is None else float(softcap), float(scale)
+    softcap, factor, divisor = (_first_given(config, names) for names in (_SOFTCAPS, _FACTORS, _DIVISORS))
+    if divisor is not None and config.model_type.startswith("hyperclovax"):  # multiplies by what others divide by
+        factor, divisor = divisor, None
+    return softcap, (1.0 if factor is None else factor) / (1.0 if divisor is None else divisor)
+
+
+def _first_given(config: Any, names: tuple[str, ...]) -> float | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((float(value) for value in values if value is not None), None)

@@ -49,6 +49,19 @@ def test_a_shown_command_has_its_options(line: str, capsys: pytest.CaptureFixtur
     assert options <= known, f"no such option: {options - known}"
 
 
+WRITING = [("demo",), ("diagnose",), ("sample",), ("sweep",), ("merge",)]
+WRITING += [("evaluate", kind) for kind in ("prefill", "reasoning", "utility", "suite")]
+
+
+@pytest.mark.parametrize("command", WRITING, ids=" ".join)
+def test_one_thing_has_one_name_in_every_command(command: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main([*command, "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    assert "--out" in known
+    assert ("--alpha" in known) == ("--space" in known), "contrastive decoding"
+
+
 RECIPES = [line for line in shown_commands() if "--config configs/" in line and " sweep " not in line]
 
 

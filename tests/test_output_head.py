@@ -4,15 +4,19 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     CohereConfig,
+    FalconH1Config,
     Gemma2Config,
     GPT2Config,
     GraniteConfig,
+    HyperCLOVAXConfig,
     Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    RecurrentGemmaConfig,
+    xLSTMConfig,
 )
 
 from deepalign.output_head import check_output_head, hidden_states, output_head
@@ -30,6 +34,7 @@ SIZES = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+MAMBA = {"mamba_d_ssm": 16, "mamba_n_heads": 2, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_chunk_size": 8}
 FAMILIES = {
     "llama": LlamaConfig(**SIZES),
     "llama, tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -41,6 +46,14 @@ FAMILIES = {
     "gemma2, softcap": Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=3.0),
     "cohere, scale": CohereConfig(**SIZES, logit_scale=0.25),
     "granite, scaling": GraniteConfig(**SIZES, logits_scaling=4.0),
+    "hyperclovax, scaling that multiplies": HyperCLOVAXConfig(**SIZES, head_dim=8, logits_scaling=0.3),
+    "falcon-h1, multiplier": FalconH1Config(**SIZES, **MAMBA, head_dim=8, lm_head_multiplier=0.3),
+    "recurrentgemma, softcap": RecurrentGemmaConfig(
+        **{**SIZES, "num_hidden_layers": 3}, lru_width=16, w_init_variance_scale=1.0, logits_soft_cap=3.0
+    ),
+    "xlstm, softcap": xLSTMConfig(
+        **{**SIZES, "hidden_size": 64}, num_heads=2, qk_dim_factor=1.0, mode="inference", output_logit_soft_cap=1.0
+    ),
     "gpt2": GPT2Config(vocab_size=48, n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2),
 }
 

@@ -131,6 +131,16 @@ def has_thinking_switch(tokenizer: PreTrainedTokenizerBase) -> bool:
     return on != off
 
 
+def dated_prompt(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
+    """For fingerprints of runs: the prompt "?" where the chat template may write today's date.
+
+    A run that goes on another day would mix two prompts; empty where the template asks for no date.
+    """
+    if "strftime_now" not in str(tokenizer.chat_template):
+        return {}
+    return {"prompt_with_its_date": str(_templated(tokenizer, [{"role": "user", "content": "?"}], None, True, False))}
+
+
 def _apply_template(
     tokenizer: PreTrainedTokenizerBase,
     messages: list[Message],

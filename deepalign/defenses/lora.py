@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from deepalign.data.chat import EncodedExample
 from deepalign.kernels.checks import require
 from deepalign.models import load_adapter, load_model
+from deepalign.train.adapter_targets import default_targets
 
 ADAPTER = "default"  # peft's name for the one adapter
 
@@ -29,7 +30,7 @@ class LoraSettings:
         rank: of the update.
         alpha: the update is scaled by alpha / rank; None: 2 * rank.
         dropout: on the adapters' input, in training.
-        target_modules: names of linear modules ("q_proj"); None: all but the output head.
+        target_modules: names of linear modules ("q_proj"); None: all but the output head and routers.
 
     Raises:
         ValueError: a value out of its range.
@@ -98,13 +99,13 @@ def attach_lora(model: PreTrainedModel, settings: LoraSettings, seed: int) -> Pe
     """Adapters around `model`, the only trainable parameters; the same for the same seed.
 
     Raises:
-        ValueError: none of `target_modules` is a module of the model.
+        ValueError: none of `target_modules` is a module of the model, or the model has no linear layers.
     """
     config = LoraConfig(
         r=settings.rank,
         lora_alpha=2 * settings.rank if settings.alpha is None else settings.alpha,
         lora_dropout=settings.dropout,
-        target_modules="all-linear" if settings.target_modules is None else list(settings.target_modules),
+        target_modules=list(settings.target_modules or default_targets(model)),
         task_type="CAUSAL_LM",
     )
     with torch.random.fork_rng(devices=[]):

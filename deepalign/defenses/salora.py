@@ -47,7 +47,7 @@ class SaLoraSettings:
         safety_rank: directions that updates are kept out of.
         task_rank: directions of the fine-tuning data that the adapters start in.
         safety_samples, task_samples: samples that the directions are found with, the first ones given.
-        target_modules: names of linear modules; None: all but the output head.
+        target_modules: names of linear modules; None: all but the output head and routers.
 
     Raises:
         ValueError: a value out of its range.

@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     measured.add_argument("--positions", type=int, default=64, help="response positions looked at (default 64)")
     measured.add_argument("--top-n", type=int, default=100, help="size of a model's top (default 100)")
     measured.add_argument("--top-k", type=int, default=100, help="base-favored tokens kept per row (default 100)")
-    measured.add_argument("--contrast", type=float, metavar="ALPHA", help="also contrastive decoding (first model)")
-    measured.add_argument("--space", choices=("logits", "logprobs"), default="logits", help="of --contrast")
+    measured.add_argument("--alpha", type=float, help="also the first model decoded contrastively, so strongly")
+    measured.add_argument("--space", choices=("logits", "logprobs"), default="logits", help="of the excess")
     measured.add_argument(
         "--gradients",
         type=int,
@@ -217,7 +217,7 @@ def _diagnosis_options(options: argparse.Namespace) -> DiagnosisOptions:
             vocab_size=options.vocab_size,
             batch_size=options.batch_size,
         ),
-        contrast=None if options.contrast is None else (options.contrast, options.space),
+        contrast=None if options.alpha is None else (options.alpha, options.space),
         gradients=options.gradients,
         influence=options.influence,
         influence_layer=options.influence_layer,

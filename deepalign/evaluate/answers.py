@@ -20,7 +20,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import prompt_token_ids, with_thinking
+from deepalign.data.chat import dated_prompt, prompt_token_ids, with_thinking
 from deepalign.data.resumable import ResumableFile, Row, open_resumable
 from deepalign.evaluate.generation import Contrast, LogitsProcessorFactory, continuations
 from deepalign.evaluate.judges import judge_fingerprint, judge_texts
@@ -121,7 +121,12 @@ def answer_questions(
     places = {(question.depth, question.index): place for place, question in enumerate(questions)}
     if len(places) != len(questions):
         raise ValueError("two questions have the same depth and index; number them apart")
-    fingerprint = {"questions": questions_fingerprint(questions), "options": options.fingerprint(), **(settings or {})}
+    fingerprint = {
+        "questions": questions_fingerprint(questions),
+        "options": options.fingerprint(),
+        **dated_prompt(tokenizer),
+        **(settings or {}),
+    }
     rows: dict[int, Row] = {}
     with _file(path, fingerprint, places) as file:
         for row in [] if file is None else file.rows:

@@ -49,6 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     utility.add_argument("--num-fewshot", type=int, help="examples in the prompt (default: each task's own number)")
     utility.add_argument("--batch-size", type=int, default=8, help="rows read together (default 8)")
     utility.add_argument("--chat-template", action="store_true", help="put questions into the chat template")
+    _add_thinking(utility)
     utility.set_defaults(run=_utility)
     suite = commands.add_parser("suite", help="whole tables from a configuration; an interrupted suite goes on")
     suite.add_argument("--config", required=True, help="a YAML file, or the name of a packaged one: microworld")
@@ -105,7 +106,15 @@ def _add_attack(parser: argparse.ArgumentParser, *, judges: bool = True) -> None
     attack.add_argument("--batch-size", type=int, default=32, help="answers generated together (default 32)")
     attack.add_argument("--temperature", type=float, default=0.0, help="0: greedy (default)")
     attack.add_argument("--seed", type=int, default=0, help="above temperature 0, answer i draws with seed + i")
-    attack.add_argument("--thinking", choices=("on", "off"), help="of a chat template with the switch, such as Qwen3's")
+    _add_thinking(attack)
+
+
+def _add_thinking(parser: Any) -> None:
+    parser.add_argument("--thinking", choices=("on", "off"), help="of a chat template with the switch, such as Qwen3's")
+
+
+def _thinking(options: argparse.Namespace) -> bool | None:
+    return None if options.thinking is None else options.thinking == "on"
 
 
 def _subject(options: argparse.Namespace) -> Subject:
@@ -124,8 +133,8 @@ def _subject(options: argparse.Namespace) -> Subject:
 
 
 def _answer_options(options: argparse.Namespace) -> AnswerOptions:
-    thinking = None if options.thinking is None else options.thinking == "on"
-    return AnswerOptions(options.max_new_tokens, options.batch_size, options.temperature, options.seed, thinking)
+    answers = (options.max_new_tokens, options.batch_size, options.temperature, options.seed)
+    return AnswerOptions(*answers, _thinking(options))
 
 
 def _prefill(options: argparse.Namespace) -> int:
@@ -169,7 +178,7 @@ def _utility(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         chat_template=options.chat_template,
     )
-    return _show(run_utility(_subject(options), settings, options.out))
+    return _show(run_utility(_subject(options), settings, options.out, thinking=_thinking(options)))
 
 
 def _suite(options: argparse.Namespace) -> int:

@@ -1,7 +1,7 @@
 """The GCG attack as an evaluation: suffixes for every request and seed, answers, outcomes, a file that resumes.
 
 Each finished request is one line of a JSONL file; the first line says what the results depend on. A run that finds the
-file goes on after its last whole line, and refuses a file of other settings.
+file goes on after its last whole line, and refuses a file of other settings, or one that another process writes.
 """
 
 import hashlib
@@ -9,18 +9,19 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from deepalign.data.chat import prompt_token_ids
-from deepalign.data.files import naming, write_text_atomic
-from deepalign.data.resumable import json_object
+from deepalign.data.chat import dated_prompt, prompt_token_ids
+from deepalign.data.files import naming
+from deepalign.data.resumable import json_object, locked
 from deepalign.evaluate.gcg import GcgSettings, mean_and_sd, optimise_suffix
 from deepalign.evaluate.gcg_prompt import suffix_text, with_suffix
 from deepalign.evaluate.generation import Contrast, greedy_continuations
@@ -84,31 +85,14 @@ def gcg_attack(
         progress: show bars.
 
     Raises:
-        ValueError: no examples or seeds, repeated seeds, a file of other settings, what `optimise_suffix` and
-            `greedy_continuations` refuse.
+        ValueError: no examples or seeds, repeated seeds, a file of other settings or one that another process writes,
+            what `optimise_suffix` and `greedy_continuations` refuse.
     """
     if not examples or not seeds or len(set(seeds)) != len(seeds):
         raise ValueError(f"expected examples and distinct seeds, got {len(examples)} examples and seeds {list(seeds)}")
     attack = _Attack(model, tokenizer, judge, settings or GcgSettings(), contrast, max_new_tokens, batch_size, progress)
-    identity = attack.identity(examples, universal_on)
-    records = RecordFile(out, identity)
-    with tqdm(total=len(seeds) * len(examples), desc="gcg requests", disable=not progress) as bar:
-        for seed in seeds:
-            missing = [index for index in range(len(examples)) if (seed, index) not in records.done]
-            bar.update(len(examples) - len(missing))
-            if universal_on is not None and missing:
-                known = next((record for (other, _), record in records.done.items() if other == seed), None)
-                found = known or attack.search(universal_on, seed, 0)
-                answers = attack.answers([examples[index] for index in missing], found["suffix"])
-                for index, answer in zip(missing, answers, strict=True):
-                    records.add(_record(examples[index], index, seed, found, answer))
-                    bar.update()
-                continue
-            for index in missing:
-                found = attack.search([examples[index]], seed, index)
-                (answer,) = attack.answers([examples[index]], found["suffix"])
-                records.add(_record(examples[index], index, seed, found, answer))
-                bar.update()
+    with open_records(out, attack.identity(examples, universal_on)) as records:
+        attack.run(examples, seeds, universal_on, records)
     ordered = [records.done[seed, index] for seed in seeds for index in range(len(examples))]
     return GcgResult({seed: _counts(ordered, seed) for seed in seeds}, ordered)
 
@@ -136,7 +120,34 @@ class _Attack:
             "examples": [asdict(example) for example in examples],
             "universal_on": universal_on and [asdict(example) for example in universal_on],
             "max_new_tokens": self.max_new_tokens,
+            **dated_prompt(self.tokenizer),
         }
+
+    def run(
+        self,
+        examples: Sequence[AttackExample],
+        seeds: Sequence[int],
+        universal_on: Sequence[AttackExample] | None,
+        records: "RecordFile",
+    ) -> None:
+        """Add the records that are missing."""
+        with tqdm(total=len(seeds) * len(examples), desc="gcg requests", disable=not self.progress) as bar:
+            for seed in seeds:
+                missing = [index for index in range(len(examples)) if (seed, index) not in records.done]
+                bar.update(len(examples) - len(missing))
+                if universal_on is not None and missing:
+                    known = next((record for (other, _), record in records.done.items() if other == seed), None)
+                    found = known or self.search(universal_on, seed, 0)
+                    answers = self.answers([examples[index] for index in missing], found["suffix"])
+                    for index, answer in zip(missing, answers, strict=True):
+                        records.add(_record(examples[index], index, seed, found, answer))
+                        bar.update()
+                    continue
+                for index in missing:
+                    found = self.search([examples[index]], seed, index)
+                    (answer,) = self.answers([examples[index]], found["suffix"])
+                    records.add(_record(examples[index], index, seed, found, answer))
+                    bar.update()
 
     def search(self, examples: Sequence[AttackExample], seed: int, index: int) -> dict[str, Any]:
         """The suffix for `examples`. A request's draws are its own, whatever was attacked before it."""
@@ -180,55 +191,72 @@ class _Attack:
 
 
 class RecordFile:
-    """Records by (seed, index), each appended to a JSONL file as soon as it is there.
+    """Records by (seed, index), each appended to a JSONL file as soon as it is there; see `open_records`."""
 
-    Args:
-        path: the file; None keeps the records in memory only.
-        identity: what they depend on, the file's first line.
-
-    Raises:
-        ValueError: the file's records depend on other things, or it is damaged, or no such file.
-    """
-
-    def __init__(self, path: str | os.PathLike[str] | None, identity: dict[str, Any]) -> None:
-        self.path = None if path is None else Path(path)
-        self.done: dict[tuple[int, int], dict[str, Any]] = {}
-        if self.path is None:
-            return
-        identity = json.loads(json.dumps(identity))
-        whole = self._whole_lines()
-        if whole and whole[0] != identity:
-            different = ", ".join(sorted(name for name in identity if identity[name] != whole[0].get(name)))
-            raise ValueError(
-                f"{self.path} holds results of another attack (different: {different}); remove it or give another file"
-            )
-        self.done = {(record["seed"], record["index"]): record for record in whole[1:]}
-        # rewritten, so that the next record does not follow half a line
-        write_text_atomic(self.path, "".join(json.dumps(line) + "\n" for line in [identity, *whole[1:]]))
+    def __init__(self, file: BinaryIO | None, records: Sequence[dict[str, Any]] = ()) -> None:
+        self._file = file
+        self.done = {(record["seed"], record["index"]): record for record in records}
 
     def add(self, record: dict[str, Any]) -> None:
         """Keep a record."""
         self.done[record["seed"], record["index"]] = record
-        if self.path is not None:
-            with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-                file.flush()
-                os.fsync(file.fileno())
+        if self._file is not None:
+            _append(self._file, record)
 
-    def _whole_lines(self) -> list[dict[str, Any]]:
-        assert self.path is not None
-        if not self.path.exists():
-            return []
-        content = self.path.read_bytes()
-        lines = content[: content.rfind(b"\n") + 1].splitlines()
-        if content and not lines:  # the first line is written whole
-            raise ValueError(f"{self.path} holds no attack's results; give another file")
-        whole = []
-        for number, line in enumerate(lines, start=1):
-            if (record := json_object(line)) is None:
-                raise ValueError(f"{self.path}:{number} is no JSON object; remove that line and all after it")
-            whole.append(record)
-        return whole
+
+@contextmanager
+def open_records(path: str | os.PathLike[str] | None, identity: dict[str, Any]) -> Iterator[RecordFile]:
+    """The records of an attack, with a lock on their file that ends with the process.
+
+    Args:
+        path: the file, its folder created where it is missing; None keeps the records in memory only.
+        identity: what they depend on, the file's first line.
+
+    Raises:
+        ValueError: another process writes the file, its records depend on other things, it is damaged, or no such file.
+    """
+    if path is None:
+        yield RecordFile(None)
+        return
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with locked(Path(path)) as file:
+        yield RecordFile(file, _whole_records(file, json.loads(json.dumps(identity))))
+
+
+def _whole_records(file: BinaryIO, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records of the whole lines; half a line at the end is cut off. A new file gets its first line."""
+    file.seek(0)
+    content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    if not whole:
+        if not _line(identity).startswith(content):
+            raise ValueError(f"{file.name} holds no attack's results; give another file")
+        file.truncate(0)
+        _append(file, identity)
+        return []
+    lines = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        if (record := json_object(line)) is None:
+            raise ValueError(f"{file.name}:{number} is no JSON object; remove that line and all after it")
+        lines.append(record)
+    if lines[0] != identity:
+        different = ", ".join(sorted(name for name in identity if identity[name] != lines[0].get(name)))
+        raise ValueError(
+            f"{file.name} holds results of another attack (different: {different}); remove it or give another file"
+        )
+    file.truncate(len(whole))
+    return lines[1:]
+
+
+def _append(file: BinaryIO, line: dict[str, Any]) -> None:
+    with naming(file.name):
+        file.write(_line(line))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values) + "\n").encode()
 
 
 def weights_fingerprint(model: torch.nn.Module) -> str:

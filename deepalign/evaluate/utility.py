@@ -7,10 +7,11 @@ lm-eval's two multiple-choice scores, shown apart. Every score comes with lm-eva
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepalign.data.chat import with_thinking
 from deepalign.data.files import write_text_atomic
 from deepalign.evaluate.families import Score
 from deepalign.evaluate.markdown import markdown_table
@@ -142,19 +143,27 @@ def lm_eval_scores(loaded: LoadedSubject, settings: UtilitySettings) -> list[Sco
     return [score for name in names for score in _scores(name, results)]
 
 
-def run_utility(subject: Subject, settings: UtilitySettings, folder: str | Path) -> Path:
+def run_utility(
+    subject: Subject, settings: UtilitySettings, folder: str | Path, *, thinking: bool | None = None
+) -> Path:
     """Measure and report; returns the path of utility.md, with utility.json beside it.
+
+    `thinking` is that of the chat template, to be set where questions are put into one that has the switch.
 
     Raises:
         FileNotFoundError, ValueError, RuntimeError: what is wrong.
     """
     check_lm_eval()
+    if thinking is not None and not settings.chat_template:
+        raise ValueError("--thinking is of a chat template, which the questions are not put into; add --chat-template")
     folder, started = Path(folder), time.perf_counter()
     with load_subject(subject) as loaded:
+        if settings.chat_template:
+            loaded = replace(loaded, tokenizer=with_thinking(loaded.tokenizer, thinking))
         scores = lm_eval_scores(loaded, settings)
     report = {
         "subject": asdict(subject),
-        "settings": asdict(settings),
+        "settings": {**asdict(settings), "thinking": thinking},
         "scores": [asdict(score) for score in scores],
         "versions": versions(),
         "seconds": round(time.perf_counter() - started, 2),

@@ -24,7 +24,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from deepalign.data.chat import prompt_token_ids
+from deepalign.data.chat import dated_prompt, prompt_token_ids
 from deepalign.data.files import Message, read_prompts
 from deepalign.data.resumable import model_fingerprint, open_resumable
 from deepalign.sampling.results import Completion
@@ -78,6 +78,7 @@ def run_batch(
         "options": asdict(sampler.options),
         "dtype": str(sampler.pair.aligned.dtype),
         "generate": [max_new_tokens, list(stop), seed, system, return_stats],
+        **dated_prompt(sampler.tokenizer),
     }
     with open_resumable(target, settings, lambda number, row: _misplaced(number, row, len(rows))) as file:
         done = len(file.rows)

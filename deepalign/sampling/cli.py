@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     drawing.add_argument("--system", help="system message")
     files = parser.add_argument_group("files (without them: interactive)")
     files.add_argument("--input", help='JSONL of {"prompt": ...} or {"messages": [...]}')
-    files.add_argument("--output", help="JSONL of answers; an interrupted run goes on where it was")
+    files.add_argument("--out", "--output", help="JSONL of answers; an interrupted run goes on where it was")
     files.add_argument("--batch-size", type=int, default=16, help="rows answered together (default 16)")
     files.add_argument("--stats", action="store_true", help="also how much of the distribution the penalty moved")
     files.add_argument("--no-progress", action="store_true", help="no progress bar")
@@ -53,10 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the command; returns the exit code."""
-    if (options.input is None) != (options.output is None):
-        raise ValueError("--input and --output go together; give both, or neither to talk to the model")
-    if options.output is not None and Path(options.output).is_dir():
-        raise IsADirectoryError(f"--output: {options.output} is a folder; give the path of a JSONL file")
+    if (options.input is None) != (options.out is None):
+        raise ValueError("--input and --out go together; give both, or neither to talk to the model")
+    if options.out is not None and Path(options.out).is_dir():
+        raise IsADirectoryError(f"--out: {options.out} is a folder; give the path of a JSONL file")
     # refused before a model is loaded
     check_drawing(options.alpha, options.temperature, options.top_k, options.top_p, options.min_p, options.space)
     check_length(options.max_new_tokens)
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     answered = run_batch(
         sampler,
         options.input,
-        options.output,
+        options.out,
         models=[options.aligned, options.base, options.adapter],
         max_new_tokens=options.max_new_tokens,
         batch_size=options.batch_size,
@@ -79,7 +79,7 @@ def run(options: argparse.Namespace) -> int:
         return_stats=options.stats,
         progress=not options.no_progress,
     )
-    print(f"answered {answered} rows; answers in {options.output}")
+    print(f"answered {answered} rows; answers in {options.out}")
     return 0
 
 

@@ -33,7 +33,7 @@ class LoraConfig:
         r: rank of the adapters.
         alpha: their scale is alpha / r.
         dropout: of what the adapters read.
-        target_modules: names of modules; null: every linear layer but the head.
+        target_modules: names of modules; null: every linear layer but the head and routers.
         train_lm_head: an adapter on the head as well; needs dropout 0 and a head that is not tied.
     """
 

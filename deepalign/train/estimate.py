@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from deepalign.kernels.completion_loss.linear import chunk_buffers
 from deepalign.kernels.linear_rows import choose_chunk_rows
 from deepalign.train.activations import activation_bytes, meta_model
+from deepalign.train.adapter_targets import default_targets
 from deepalign.train.config import LoraConfig
 
 GIB = 2**30
@@ -240,7 +241,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, size: int = 1024, seco
 def _adapter_parameters(model: PreTrainedModel, lora: LoraConfig) -> int:
     import peft
 
-    targets = list(lora.target_modules) if lora.target_modules else "all-linear"
+    targets = list(lora.target_modules or default_targets(model))
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=lora.r, target_modules=targets, task_type="CAUSAL_LM"))
     count: int = adapted.get_nb_trainable_parameters()[0]
     head = model.get_output_embeddings() if lora.train_lm_head else None

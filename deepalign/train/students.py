@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import get_peft_model
-from torch import nn
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from deepalign.models import load_model
+from deepalign.train.adapter_targets import default_targets, linear_layers
 from deepalign.train.config import LoraConfig, TrainConfig
 from deepalign.train.launch import join_deepspeed
 
@@ -49,13 +49,13 @@ def with_adapter(student: PreTrainedModel, lora: LoraConfig, seed: int) -> PreTr
             "lora.train_lm_head: the head of this model is tied to its embedding, which an adapter on the head alone "
             "would untie when it is merged; set it to false"
         )
-    linear = {name.split(".")[-1] for name, module in student.named_modules() if isinstance(module, nn.Linear)}
-    targets = set(lora.target_modules or linear - {head})
+    linear = {name.split(".")[-1] for name in linear_layers(student)}
+    targets = set(lora.target_modules or default_targets(student))
     if lora.train_lm_head:
         targets.add(head)
     elif head in targets:
         raise ValueError(f"lora.target_modules names the head, {head}; say so by lora.train_lm_head: true")
-    if missing := targets - linear:
+    if missing := set(lora.target_modules or ()) - linear:
         raise ValueError(
             f"lora.target_modules: the student has no linear layers named {', '.join(sorted(missing))}; it has "
             f"{', '.join(sorted(linear))}"

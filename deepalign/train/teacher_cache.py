@@ -34,11 +34,16 @@ INDEX_FILE = "index.json"
 FORMAT = 1
 TEACHERS = ("aligned", "base")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_LONGEST_HEADER = 1 << 16  # bytes; a shard's has a few hundred
 _SAFETENSORS_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 
 
 class DamagedShardError(ValueError):
     """A shard that is not what its index says: missing, cut short, of another cache, or with other contents."""
+
+
+class DamagedIndexError(ValueError):
+    """An index that cannot be read; the shards beside it may be whole."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,8 @@ def read_index(folder: Path) -> CacheIndex:
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it cannot be read, or is of another version of this format.
+        DamagedIndexError: it cannot be read.
+        ValueError: it is of another version of this format.
     """
     path = folder / INDEX_FILE
     if not path.is_file():
@@ -152,8 +158,10 @@ def read_index(folder: Path) -> CacheIndex:
             raise TypeError("its checksum is another")
         return index
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); write the cache again with `deepalign cache-teacher --overwrite`"
+        raise DamagedIndexError(
+            f"{path} is damaged ({error}). Nothing else is lost by that: run `deepalign cache-teacher` with the "
+            "configuration, --dtype and --shard-mib that it was written with, which writes it again and keeps the "
+            f"{_shards_there(folder)} beside it"
         ) from None
 
 
@@ -207,6 +215,16 @@ def check_shard(folder: Path, index: CacheIndex, teacher: str, shard: int, conte
         raise DamagedShardError(f"{path.name} has been altered: its checksum is not {checksum:08x}")
 
 
+def shards_of(folder: Path, identity: str) -> int:
+    """How many shards in a folder say that they are of the cache with this `CacheIndex.identity`."""
+    return sum(_cache_named_in(path) == identity for path in shard_files(folder))
+
+
+def shard_files(folder: Path) -> list[Path]:
+    """Every file that is named like a shard."""
+    return [path for teacher in TEACHERS for path in sorted(folder.glob(f"{teacher}-?????.safetensors"))]
+
+
 def map_shard(folder: Path, index: CacheIndex, teacher: str, shard: int) -> Tensor:
     """The hidden states of a shard, (rows of the shard, H), mapped: nothing is read before it is asked for."""
     path = str(shard_path(folder, teacher, shard))
@@ -236,6 +254,21 @@ def _checksum_in(header: bytes) -> int | None:
         return int(json.loads(header[8:])["__metadata__"]["crc32"], 16)
     except (ValueError, KeyError, TypeError):
         return None
+
+
+def _cache_named_in(path: Path) -> str | None:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = file.read(min(length, _LONGEST_HEADER))
+    try:
+        return str(json.loads(header)["__metadata__"]["cache"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _shards_there(folder: Path) -> str:
+    files = shard_files(folder)
+    return f"{len(files)} shards ({sum(path.stat().st_size for path in files) / 2**20:.1f} MiB)"
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:

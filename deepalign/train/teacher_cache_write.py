@@ -28,9 +28,12 @@ from deepalign.train.teacher_cache import (
     INDEX_FILE,
     TEACHERS,
     CacheIndex,
+    DamagedIndexError,
     damaged_shards,
     read_index,
+    shard_files,
     shard_path,
+    shards_of,
     write_index,
     write_shard,
 )
@@ -230,18 +233,37 @@ def _check_teacher(name: str, path: str, model: PreTrainedModel) -> None:
 def _open_or_create(folder: Path, plan: CacheIndex, overwrite: bool) -> CacheIndex:
     if overwrite:
         (folder / INDEX_FILE).unlink(missing_ok=True)  # first: without it the shards are nobody's
-        for teacher in TEACHERS:
-            for path in folder.glob(f"{teacher}-?????.safetensors"):
-                path.unlink()
+        for path in shard_files(folder):
+            path.unlink()
     for path in folder.glob(".*.incomplete"):  # of a killed process: this one holds the lock
         path.unlink()
     if not (folder / INDEX_FILE).exists():
         write_index(folder, plan)
-    index = read_index(folder)
+    try:
+        index = read_index(folder)
+    except DamagedIndexError:
+        index = _restore_index(folder, plan)
     remedy = "give another folder (teacher_cache), or --overwrite to delete it and start again"
     saved, now = ({**it.fingerprint, "stored_dtype": it.dtype} for it in (index, plan))
     check_fingerprint(folder, saved, now, remedy)
     return index
+
+
+def _restore_index(folder: Path, plan: CacheIndex) -> CacheIndex:
+    """Write a damaged index again, if shards carry the name that `plan` gives them: then it was the same.
+
+    The name is a checksum of the whole index, fingerprint included; shards of other contents are found later.
+    """
+    there = len(shard_files(folder))
+    if not shards_of(folder, plan.identity):
+        raise ValueError(
+            f"{folder / INDEX_FILE} is damaged, and none of the {there} shards beside it was written with this "
+            "configuration, --dtype and --shard-mib: give those it was written with, which keeps the shards, or "
+            "--overwrite, which deletes them and computes all again"
+        )
+    print(f"{folder / INDEX_FILE} was damaged: written again, its shards are kept", flush=True)
+    write_index(folder, plan)
+    return plan
 
 
 def _announce(folder: Path, report: Report, missing: Sequence[tuple[str, int]]) -> None:

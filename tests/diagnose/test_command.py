@@ -54,7 +54,7 @@ def arguments(models: Path, data: Path, out: Path, *more: str) -> list[str]:
     return [*command, *sizes, "--no-progress", *more]
 
 
-EVERYTHING = ("--contrast", "1.5", "--gradients", "2", "--influence", "2")
+EVERYTHING = ("--alpha", "1.5", "--gradients", "2", "--influence", "2")
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_bad_options_are_refused_in_one_message(models, data, out, tmp_path, cap
     assert "harmful.jsonl: row 0" in refused(capsys, *good, "--prefix", " ")
     many = [part for i in range(6) for part in ("--aligned", f"m{i}={models / 'aligned'}")]
     assert "8 curves cannot be told apart" in refused(capsys, *good, *many)
-    assert "alpha must be above 0" in refused(capsys, *good, "--contrast", "0")
+    assert "alpha must be above 0" in refused(capsys, *good, "--alpha", "0")
     assert "--limit must be at least 1" in refused(capsys, *good, "--limit", "0")
     assert "do not fit the models' context of 64" in refused(capsys, *good, "--positions", "64", "--generate")
     assert "harmful.jsonl is a file; give a folder" in refused(capsys, *arguments(models, data, data / "harmful.jsonl"))

@@ -3,7 +3,7 @@
 import pytest
 
 from deepalign.diagnose.bootstrap import Band
-from deepalign.diagnose.figures import LABEL_LENGTH, _label, _sizes
+from deepalign.diagnose.figure_parts import LABEL_LENGTH, _sizes, token_label
 
 
 @pytest.mark.parametrize(
@@ -19,7 +19,7 @@ from deepalign.diagnose.figures import LABEL_LENGTH, _label, _sizes
     ],
 )
 def test_labels(readable, printed):
-    assert _label(readable) == printed
+    assert token_label(readable) == printed
 
 
 @pytest.mark.parametrize(

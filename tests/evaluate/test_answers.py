@@ -1,6 +1,8 @@
 """Answers and verdicts in files that survive a kill."""
 
 import json
+from datetime import datetime
+from types import SimpleNamespace
 
 import pytest
 
@@ -100,6 +102,20 @@ def test_an_edited_file_is_refused(model, tokenizer, questions, tmp_path, line, 
         file.write(path.read_text().splitlines(keepends=True)[0] if line == "again" else line)
     with pytest.raises(ValueError, match=message):
         run(model, tokenizer, questions, path)
+
+
+def test_a_run_is_not_continued_on_another_day_where_the_prompt_has_the_date(model, questions, tmp_path, monkeypatch):
+    from transformers.utils import chat_template_utils
+
+    day = datetime(2026, 7, 26)
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: day))
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('w%d') }} " + tokenizer.chat_template
+    rows = run(model, tokenizer, questions[:2], tmp_path / "answers.jsonl")
+    assert run(model, tokenizer, questions[:2], tmp_path / "answers.jsonl") == rows
+    day = datetime(2026, 7, 27)
+    with pytest.raises(ValueError, match=r"other settings \(prompt_with_its_date\)"):
+        run(model, tokenizer, questions[:2], tmp_path / "answers.jsonl")
 
 
 def test_verdicts_are_kept_per_judge_and_only_the_missing_are_made(model, tokenizer, questions, tmp_path):

@@ -11,7 +11,7 @@ from benchmarks.gcg_naive import naive_gcg
 from deepalign.data.chat import prompt_token_ids
 from deepalign.evaluate import gcg_loss
 from deepalign.evaluate.gcg import GcgSettings, SuffixSearch, mean_and_sd, optimise_suffix
-from deepalign.evaluate.gcg_attack import RecordFile, gcg_attack, weights_fingerprint
+from deepalign.evaluate.gcg_attack import gcg_attack, open_records, weights_fingerprint
 from deepalign.evaluate.gcg_loss import TargetLoss
 from deepalign.evaluate.gcg_prompt import SuffixPrompt, allowed_tokens, suffix_text, with_suffix
 from deepalign.evaluate.generation import Contrast
@@ -391,8 +391,19 @@ def test_a_file_of_another_attack_is_refused(model, base, tokenizer, tmp_path):
     for content, problem in (("a report", "holds no attack's results"), ("{}\n[]\n", r"a\.jsonl:2 is no JSON object")):
         (tmp_path / "a.jsonl").write_text(content)
         with pytest.raises(ValueError, match=problem):
-            RecordFile(tmp_path / "a.jsonl", {})
+            run_attack(model, tokenizer, out=tmp_path / "a.jsonl")
         assert (tmp_path / "a.jsonl").read_text() == content
+
+
+def test_a_second_process_is_kept_out_and_half_a_first_line_starts_again(model, tokenizer, tmp_path):
+    file, identity = tmp_path / "a.jsonl", {"settings": 1}
+    file.write_bytes(b'{"set')
+    with open_records(file, identity) as records:
+        with pytest.raises(ValueError, match=r"a\.jsonl is being written by another process; wait"):
+            run_attack(model, tokenizer, out=file)
+        records.add({"seed": 0, "index": 0})
+    with open_records(file, identity) as records:
+        assert records.done == {(0, 0): {"seed": 0, "index": 0}}
 
 
 def test_a_contrastive_pair_is_attacked_and_answers_as_one(model, base, tokenizer):

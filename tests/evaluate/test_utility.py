@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deepalign.cli import main
+from deepalign.evaluate import utility
 from deepalign.evaluate.generation import Contrast
 from deepalign.evaluate.subjects import LoadedSubject, Subject
 from deepalign.evaluate.utility import TASKS, UtilitySettings, lm_eval_scores
@@ -16,6 +17,7 @@ from deepalign.microworld.pretrain import BaseConfig, train_base
 from deepalign.microworld.tokenizer import build_tokenizer
 from deepalign.microworld.world import World
 from deepalign.models import load_frozen_model
+from tests.families import FAMILIES
 
 try:
     import lm_eval
@@ -84,6 +86,28 @@ def test_the_papers_tasks_are_named():
 def test_bad_settings_are_refused(folder, bad):
     with pytest.raises(ValueError, match=next(iter(bad)).removesuffix("s")):
         settings(folder, **bad)
+
+
+def test_thinking_is_settled_for_the_questions(tmp_path, monkeypatch, capsys):
+    """Without lm-eval, which writes prompts by the tokenizer that it is given."""
+    asked = []
+    monkeypatch.setattr(utility, "check_lm_eval", lambda: None)
+    monkeypatch.setattr(utility, "lm_eval_scores", lambda loaded, settings: asked.append(loaded.tokenizer) or [])
+    family = FAMILIES["qwen3_8b"]
+    family.model().save_pretrained(tmp_path / "model")
+    family.tokenizer().save_pretrained(tmp_path / "model")
+
+    def run(*options):
+        return main(["evaluate", "utility", "--model", str(tmp_path / "model"), "--out", str(tmp_path), *options])
+
+    assert run("--chat-template") == 2
+    assert "has the switch enable_thinking, and thinking is not set" in capsys.readouterr().err
+    assert run("--thinking", "off") == 2
+    assert "add --chat-template" in capsys.readouterr().err
+    assert run("--chat-template", "--thinking", "off") == run() == 0
+    ends = [t.apply_chat_template([{"role": "user", "content": "?"}], add_generation_prompt=True) for t in asked]
+    assert asked[0].decode(ends[0]["input_ids"]).endswith("</think>\n\n")
+    assert asked[1].decode(ends[1]["input_ids"]).endswith("assistant\n"), "no template, no switch"
 
 
 @pytest.mark.skipif(lm_eval is not None, reason="lm-eval is installed")

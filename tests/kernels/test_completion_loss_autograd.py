@@ -311,3 +311,18 @@ def test_inplace_refuses_to_compile(implementation: str) -> None:
 
     with pytest.raises(torch._dynamo.exc.Unsupported, match="completion_loss_rows_inplace"):
         loss()
+
+
+def test_inplace_is_refused_by_a_compilation_of_one_graph() -> None:
+    models = torch.randn(3, 2, 16, generator=torch.Generator().manual_seed(0)).unbind()
+    logits = models[0].requires_grad_()
+
+    def loss(inplace: bool) -> Tensor:
+        return fused_completion_loss(
+            logits * 1, *models[1:], config=CompletionLossConfig(top_k=3), inplace=inplace
+        ).loss
+
+    compiled = torch.compile(loss, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(False), loss(False))
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="inplace"):
+        compiled(True)

@@ -3,11 +3,14 @@
 import argparse
 import json
 import time
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers.utils import chat_template_utils
 
 from deepalign.cli import main
 from deepalign.data.resumable import ResumableFile, open_resumable, settings_path
@@ -35,7 +38,7 @@ def prompts(tmp_path: Path) -> Path:
 
 def arguments(models: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     names = ["--aligned", str(models / "aligned"), "--base", str(models / "base")]
-    files = ["--input", str(prompts), "--output", str(out), "--batch-size", "4", "--no-progress"]
+    files = ["--input", str(prompts), "--out", str(out), "--batch-size", "4", "--no-progress"]
     return ["sample", *names, *files, "--alpha", "0.5", "--max-new-tokens", "6", *more]
 
 
@@ -171,6 +174,19 @@ def test_a_row_without_a_distribution_is_named_with_the_place_of_its_batch(model
     assert f"{prompts}, rows from 4 on: row 3 has no distribution" in message
 
 
+def test_a_file_is_not_continued_on_another_day_where_the_prompt_has_the_date(prompts, tmp_path, capsys, monkeypatch):
+    folder, out = save_pair(tmp_path), tmp_path / "out.jsonl"
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{{ strftime_now('w%d') }} " + tokenizer.chat_template
+    tokenizer.save_pretrained(folder / "aligned")
+    pair = ("--aligned", str(folder / "aligned"), "--base", str(folder / "base"), "--max-new-tokens", "1")
+    files = ("--input", str(prompts), "--out", str(out), "--no-progress")
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2026, 7, 26)))
+    assert main(["sample", *pair, *files]) == 0
+    monkeypatch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: datetime(2026, 7, 27)))
+    assert "other settings (prompt_with_its_date)" in refused(capsys, "sample", *pair, *files)
+
+
 def test_two_writers_are_refused(models, prompts, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
     with open_resumable(out, {}, lambda number, row: None):
@@ -224,7 +240,7 @@ def test_bad_options_are_refused_in_one_message(models, prompts, tmp_path, capsy
 
 
 def test_alpha_0_needs_no_base_and_an_adapter_no_aligned_model(models, prompts, tmp_path):
-    files = ["--input", str(prompts), "--output"]
+    files = ["--input", str(prompts), "--out"]
     aligned = ["--aligned", str(models / "aligned"), "--alpha", "0", "--no-progress"]
     assert main(["sample", *aligned, *files, str(tmp_path / "alone.jsonl"), "--max-new-tokens", "6"]) == 0
     alone = [json.loads(line)["text"] for line in (tmp_path / "alone.jsonl").read_text().splitlines()]

@@ -6,9 +6,20 @@ import shutil
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AfmoeConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    FalconConfig,
+    GPT2Config,
+    Llama4TextConfig,
+    MixtralConfig,
+    PhimoeConfig,
+    Qwen2MoeConfig,
+)
 
 from deepalign.cli import main as deepalign
+from deepalign.defenses.lora import LoraSettings, attach_lora
 from deepalign.train.config import LoraConfig
 from deepalign.train.run import main
 from deepalign.train.students import with_adapter
@@ -39,6 +50,43 @@ def test_every_linear_layer_but_the_head_gets_an_adapter():
     assert trained_modules(student) == layers | {"lm_head"}
     student = with_adapter(make_model(0, make_tokenizer()), LoraConfig(r=2, target_modules=("q_proj",)), seed=0)
     assert trained_modules(student) == {"q_proj"}
+
+
+SIZES = {"vocab_size": 20, "hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 0}
+SPARSE = SIZES | {"intermediate_size": 8, "moe_intermediate_size": 8, "num_key_value_heads": 1, "head_dim": 4}
+ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (Llama4TextConfig(**SPARSE, intermediate_size_mlp=8, num_local_experts=2), ATTENTION | MLP),
+        (PhimoeConfig(**SPARSE, num_local_experts=2), ATTENTION),
+        (Qwen2MoeConfig(**SPARSE, shared_expert_intermediate_size=8, num_experts=4), ATTENTION | MLP),
+        (
+            AfmoeConfig(**SPARSE, num_experts=8, num_experts_per_tok=2, layer_types=["full_attention"] * 2),
+            ATTENTION | {"experts", "base_layer"},
+        ),
+        (MixtralConfig(**SPARSE, num_local_experts=2), ATTENTION),
+        (FalconConfig(**SIZES), {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"}),
+        (GPT2Config(vocab_size=20, n_embd=8, n_layer=1, n_head=2), {"c_attn", "c_proj", "c_fc"}),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_routers_get_no_adapter_and_linear_layers_of_a_familys_own_do(config, expected):
+    """Llama 4's and Phi's routers return tuples, which peft cannot wrap; Falcon's layers are subclasses, too."""
+    model = AutoModelForCausalLM.from_config(config)
+    student = with_adapter(model, LoraConfig(r=2), seed=0)
+    assert trained_modules(student) == expected
+    student(input_ids=torch.arange(6)[None]).logits.sum().backward()
+    baseline = attach_lora(AutoModelForCausalLM.from_config(config), LoraSettings(rank=2), seed=0)
+    assert trained_modules(baseline) == expected
+
+
+def test_a_router_that_cannot_be_wrapped_is_refused_by_name():
+    model = AutoModelForCausalLM.from_config(Llama4TextConfig(**SPARSE, intermediate_size_mlp=8, num_local_experts=2))
+    with pytest.raises(ValueError, match="no linear layers named router; it has down_proj"):
+        with_adapter(model, LoraConfig(target_modules=("router",)), seed=0)
 
 
 @pytest.mark.parametrize(

@@ -92,7 +92,7 @@ def test_batches_fill_the_budget_and_miss_nothing():
     assert all(len(batch) * max(lengths[place] for place in batch) <= 20 for batch in batches[1:])
 
 
-def test_a_second_run_writes_nothing_and_a_damaged_shard_is_computed_again(command):
+def test_a_second_run_writes_nothing_and_what_is_damaged_is_made_again(command):
     command(*ONE_EXAMPLE)
     before = contents(command.folder)
     assert "46 are there, 0.0 MiB to write" in command(*ONE_EXAMPLE)
@@ -104,6 +104,16 @@ def test_a_second_run_writes_nothing_and_a_damaged_shard_is_computed_again(comma
     assert "computed again: aligned-00003.safetensors has been altered" in printed
     assert "| aligned | 22 | 1 |" in printed
     assert "| base | 22 | 1 |" in printed
+    assert contents(command.folder) == before
+
+    index = command.folder / "index.json"
+    index.write_bytes(before["index.json"][:-50])
+    damaged = contents(command.folder)
+    message = command(code=2)
+    assert "none of the 46 shards beside it was written with this configuration, --dtype and --shard-mib" in message
+    assert contents(command.folder) == damaged, "the shards are kept until somebody says --overwrite"
+    assert "index.json was damaged: written again, its shards are kept" in (printed := command(*ONE_EXAMPLE))
+    assert "46 are there, 0.0 MiB to write" in printed
     assert contents(command.folder) == before
 
 

@@ -1,0 +1,175 @@
+// Between the passes of a row of the completion loss: sums that rounding has spoilt, taken once more in double.
+#pragma once
+
+#include "completion_loss_row.h"
+
+namespace deepalign {
+namespace DEEPALIGN_ISA {
+
+// The sums of s, t and the divergence of a block once more, nearly without rounding: the step that holds its largest
+// entry of s, and the one of t, in double. In float an exponential is off by 1e-7, and what a lane adds after an entry
+// that has most of the mass is rounded to that entry's last place; the divergence multiplies both by tau^2.
+template <class T>
+LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
+  const int64_t end = std::min(begin + cut_.block, cut_.size);
+  const PeakSteps peaks = peak_steps(begin);
+  const LossMaskedScan masked = masked_scan();
+  const Exponential exp_s = masked.exp_s, exp_t = masked.exp_t;
+  LossAccumulators rest;
+  rest.clear();
+  LossSums exact;
+  Pair ignored = twice(splat(0));
+  for (int64_t i = begin; i < end; i += kStep) {
+    const Step x = load(i, end - i);
+    if (i == peaks.s || i == peaks.t) {
+      add_exactly(x, first_entries<T>(end - i), exact);
+    } else if (!careful_ && i + kStep <= end) {
+      const Pair xt = fma(splat(mix_), x.b - x.a, x.a), p = exp_s(x.s), q = exp_t(xt);
+      rest.s = add_both(rest.s, p), rest.t = add_both(rest.t, q);
+      rest.divergence = args_.teacher_student ? add_products(rest.divergence, q, xt - x.s)
+                                              : add_products(rest.divergence, p, x.s - xt);
+    } else {
+      scan_step(masked, x, first_entries<T>(end - i), rest, ignored);
+    }
+  }
+  LossLaneSums rounded(cut_.block);
+  rounded.template add<false>(rest, begin);
+  exact += rounded.total();
+  return exact;
+}
+
+// The steps of a block that have its largest entries of s and of t.
+template <class T>
+typename CompletionLossRow<T>::PeakSteps CompletionLossRow<T>::peak_steps(int64_t begin) const {
+  const int64_t end = std::min(begin + cut_.block, cut_.size);
+  const Float lowest = splat(-kInfinity), mix = splat(mix_);
+  float of_steps_s[Cut::kMostBlock / 2], of_steps_t[Cut::kMostBlock / 2];  // the larger half of each step
+  Float s = lowest, t = lowest;
+  int64_t at = 0;
+  for (int64_t i = begin; i < end; i += kStep, at += kLanes) {
+    const Step x = load(i, end - i);
+    Pair xs = x.s, xt = fma(mix, x.b - x.a, x.a);
+    if (careful_ || i + kStep > end) {
+      const MaskPair here = both(first_entries<T>(end - i), finite(x.s, x.a, x.b));
+      xs = choose(here, xs, lowest), xt = choose(here, xt, lowest);
+    }
+    const Float larger_s = max(xs.first, xs.second), larger_t = max(xt.first, xt.second);
+    store(of_steps_s + at, larger_s), store(of_steps_t + at, larger_t);
+    s = max(larger_s, s), t = max(larger_t, t);
+  }
+  const auto step_of = [&](const float* of_steps, Float peak) {
+    int64_t step = 0;
+    while (step + kLanes < at && count(equal(DEEPALIGN_ISA::load(of_steps + step), peak)) == 0) step += kLanes;
+    return begin + step / kLanes * kStep;
+  };
+  return {step_of(of_steps_s, splat(largest_lane(s))), step_of(of_steps_t, splat(largest_lane(t)))};
+}
+
+template <class T>
+void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums& sums) const {
+  const Float zero = splat(0);
+  const MaskPair here = both(exists, finite(x.s, x.a, x.b));
+  const Pair xa = choose(here, x.a, zero), xb = choose(here, x.b, zero);
+  float s[kStep], a[kStep], b[kStep], present[kStep];
+  store_pair(s, choose(here, x.s, zero)), store_pair(a, xa), store_pair(b, xb);
+  store_pair(present, choose(here, splat(1), zero));
+  if (rounds_teacher()) store_pair(a, fma(splat(mix_), xb - xa, xa)), store_pair(b, fma(splat(mix_), xb - xa, xa));
+  const auto within = [](double x) { return std::min(1000.0, std::max(-1000.0, x)); };  // lanes beyond the row as well
+  double p[kStep], q[kStep], difference[kStep];
+  for (int lane = 0; lane < kStep; ++lane) {
+    const double xs = s[lane], xt = a[lane] + double(mix_) * double(b[lane] - a[lane]);
+    p[lane] = present[lane] * exp2_of(within(double(scale_) * (xs - offsets_.max_s) - offsets_.s));
+    q[lane] = present[lane] * exp2_of(within(double(scale_) * (xt - offsets_.max_t) - offsets_.t));
+    difference[lane] = xs - xt;
+  }
+  for (int lane = 0; lane < kStep; ++lane) {
+    sums.s += p[lane], sums.t += q[lane];
+    sums.divergence += args_.teacher_student ? -q[lane] * difference[lane] : p[lane] * difference[lane];
+  }
+}
+
+// A block's sums as pass 1 took them.
+template <class T>
+LossSums CompletionLossRow<T>::scan_again(int64_t begin) const {
+  LossLaneSums sums(cut_.block);
+  if (careful_) {
+    scan_block(masked_scan(), begin, sums);
+  } else {
+    plain_ ? scan_block(ordinary_scan<true>(), begin, sums) : scan_block(ordinary_scan<false>(), begin, sums);
+  }
+  return sums.total();
+}
+
+// Puts better sums of the blocks that hold much of the mass in the place of the rounded ones.
+template <class T>
+LossSums CompletionLossRow<T>::refined(LossSums sums) const {
+  const auto refine = [&](int64_t begin) {
+    const LossSums before = scan_again(begin), after = scan_exactly(begin);
+    sums.s += after.s - before.s, sums.t += after.t - before.t;
+    sums.divergence += after.divergence - before.divergence;
+  };
+  const LossPeak s = sums.peak_s, t = sums.peak_t;
+  const bool refine_s = s.mass > sums.s / 64, refine_t = t.mass > sums.t / 64 && !(refine_s && t.begin == s.begin);
+  if (refine_s) refine(s.begin);
+  if (refine_t) refine(t.begin);
+  if (careful_) return sums;
+  // Those that pass 1 took coarsely; they only set the threshold of the count.
+  const auto refine_pair = [&](int64_t begin) {
+    LossLaneSums fine(cut_.block);
+    scan_block(masked_scan(), begin, fine);
+    const LossSums before = scan_again(begin), after = fine.total();
+    sums.r += after.r - before.r, sums.b += after.b - before.b;
+  };
+  const LossPeak r = sums.peak_r, b = sums.peak_b;
+  const bool refine_r = r.mass > sums.r / 4, refine_b = b.mass > sums.b / 4 && !(refine_r && b.begin == r.begin);
+  if (refine_r) refine_pair(r.begin);
+  if (refine_b) refine_pair(b.begin);
+  return sums;
+}
+
+// Those of s, t and the divergence once more, every step's in double but for the blocks of the peaks; the divergence is
+// that of s - shift and t. Two to three times as long as pass 1.
+template <class T>
+LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift) const {
+  LossMaskedScan scan = masked_scan();
+  scan.shift = splat(shift);
+  LossLaneSums sums(kStep);
+  LossSums peaks;
+  const LossPeak peak_s = rounded.peak_s, peak_t = rounded.peak_t;
+  const bool peaked_s = peak_s.mass > rounded.s / 64, peaked_t = peak_t.mass > rounded.t / 64;
+  Pair ignored = twice(splat(0));
+  for (int64_t begin = 0; begin < cut_.size; begin += cut_.block) {
+    if ((peaked_s && begin == peak_s.begin) || (peaked_t && begin == peak_t.begin)) {
+      LossSums exact = scan_exactly(begin);
+      exact.divergence += args_.teacher_student ? shift * exact.t : -shift * exact.s;
+      peaks += exact;
+      continue;
+    }
+    const int64_t end = std::min(begin + cut_.block, cut_.size);
+    for (int64_t i = begin; i < end; i += kStep) {
+      LossAccumulators step;
+      step.clear();
+      scan_step(scan, load(i, end - i), first_entries<T>(end - i), step, ignored);
+      sums.template add<false>(step, i);
+    }
+  }
+  LossSums total = sums.total();
+  total += peaks;
+  return total;
+}
+
+// Whether the divergence's two parts, which are rounded to 4e-8 of themselves, are much larger than it is.
+template <class T>
+bool CompletionLossRow<T>::cancels() const {
+  const double tau = args_.temperature;
+  return tau * std::abs(log_ratio_) > 10.0 * (1.0 + tau * tau * std::abs(raw_kl_));
+}
+
+// Whether no lane of a block has more than its share: terms that are alike are all rounded alike where they are added up.
+template <class T>
+bool CompletionLossRow<T>::is_flat(double partition, const LossPeak& peak) const {
+  return double(peak.mass) * kLanes * double((cut_.size + cut_.block - 1) / cut_.block) < 1.05 * partition;
+}
+
+}  // namespace DEEPALIGN_ISA
+}  // namespace deepalign

@@ -1,7 +1,7 @@
 """Tables laid out as the paper's, in Markdown, JSON and as bars.
 
-A rate is a count with its 95% Wilson interval, with several seeds each one's, and their mean: answers of one seed are no
-sample of other seeds, so no pooled interval is given. Scores over seeds are mean and standard deviation.
+A rate is a count with its 95% Wilson interval, with several seeds each one's, and their mean: answers of one seed are
+no sample of other seeds, so no pooled interval is given. Scores over seeds are mean and standard deviation.
 """
 
 import json

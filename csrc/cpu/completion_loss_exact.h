@@ -22,7 +22,7 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   for (int64_t i = begin; i < end; i += kStep) {
     const Step x = load(i, end - i);
     if (i == peaks.s || i == peaks.t) {
-      add_exactly(x, first_entries<T>(end - i), exact);
+      add_exactly(x, first_entries<T>(end - i), 0.0f, exact);
     } else if (!careful_ && i + kStep <= end) {
       const Pair xt = fma(splat(mix_), x.b - x.a, x.a), p = exp_s(x.s), q = exp_t(xt);
       rest.s = add_both(rest.s, p), rest.t = add_both(rest.t, q);
@@ -66,7 +66,7 @@ typename CompletionLossRow<T>::PeakSteps CompletionLossRow<T>::peak_steps(int64_
 }
 
 template <class T>
-void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums& sums) const {
+void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, float shift, LossSums& sums) const {
   const Float zero = splat(0);
   const MaskPair here = both(exists, finite(x.s, x.a, x.b));
   const Pair xa = choose(here, x.a, zero), xb = choose(here, x.b, zero);
@@ -80,7 +80,7 @@ void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums&
     const double xs = s[lane], xt = a[lane] + double(mix_) * double(b[lane] - a[lane]);
     p[lane] = present[lane] * exp2_of(within(double(scale_) * (xs - offsets_.max_s) - offsets_.s));
     q[lane] = present[lane] * exp2_of(within(double(scale_) * (xt - offsets_.max_t) - offsets_.t));
-    difference[lane] = xs - xt;
+    difference[lane] = xs - shift - xt;
   }
   for (int lane = 0; lane < kStep; ++lane) {
     sums.s += p[lane], sums.t += q[lane];
@@ -127,35 +127,36 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   return sums;
 }
 
-// Those of s, t and the divergence once more, every step's in double but for the blocks of the peaks; the divergence is
+// Those of s, t and the divergence once more, summed in double, and the peaks' steps taken in double; the divergence is
 // that of s - shift and t. Two to three times as long as pass 1.
 template <class T>
 LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift) const {
   LossMaskedScan scan = masked_scan();
   scan.shift = splat(shift);
   LossLaneSums sums(kStep);
-  LossSums peaks;
+  LossSums exact;
   const LossPeak peak_s = rounded.peak_s, peak_t = rounded.peak_t;
   const bool peaked_s = peak_s.mass > rounded.s / 64, peaked_t = peak_t.mass > rounded.t / 64;
   Pair ignored = twice(splat(0));
   for (int64_t begin = 0; begin < cut_.size; begin += cut_.block) {
-    if ((peaked_s && begin == peak_s.begin) || (peaked_t && begin == peak_t.begin)) {
-      LossSums exact = scan_exactly(begin);
-      exact.divergence += args_.teacher_student ? shift * exact.t : -shift * exact.s;
-      peaks += exact;
-      continue;
-    }
+    const bool peaked = (peaked_s && begin == peak_s.begin) || (peaked_t && begin == peak_t.begin);
+    const PeakSteps peaks = peaked ? peak_steps(begin) : PeakSteps{-1, -1};
     const int64_t end = std::min(begin + cut_.block, cut_.size);
     for (int64_t i = begin; i < end; i += kStep) {
+      const Step x = load(i, end - i);
+      const MaskPair exists = first_entries<T>(end - i);
+      if (i == peaks.s || i == peaks.t) {
+        add_exactly(x, exists, shift, exact);
+        continue;
+      }
       LossAccumulators step;
       step.clear();
-      scan_step(scan, load(i, end - i), first_entries<T>(end - i), step, ignored);
+      scan_step(scan, x, exists, step, ignored);
       sums.template add<false>(step, i);
     }
   }
-  LossSums total = sums.total();
-  total += peaks;
-  return total;
+  exact += sums.total();
+  return exact;
 }
 
 // Whether the divergence's two parts, which are rounded to 4e-8 of themselves, are much larger than it is.

@@ -78,6 +78,10 @@ struct LossScan {
            holds(right_within(exp_t), t);
   }
 
+  DEEPALIGN_INLINE void scale_by(Float factor) {
+    exp_s.scale_by(factor), exp_t.scale_by(factor), exp_r.scale_by(factor), exp_b.scale_by(factor);
+  }
+
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, LossAccumulators& sums, Pair& largest) const {
     const Pair change = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
     const Pair xr = !kPlain && mix.from_student ? xs : xa;
@@ -109,6 +113,10 @@ struct LossMaskedScan {
   // NaN stays NaN; an ordinary row's entries go as they are, so that one out of range shows.
   DEEPALIGN_INLINE Pair relative(Pair x, Float largest) const { return careful ? max(floor, x - largest) : x; }
 
+  DEEPALIGN_INLINE void scale_by(Float factor) {
+    exp_s.scale_by(factor), exp_t.scale_by(factor), exp_r.scale_by(factor), exp_b.scale_by(factor);
+  }
+
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums, Pair& largest) const {
     const Float zero = splat(0);
     if (careful) mask = both(mask, finite(xs, xa, xb));
@@ -119,13 +127,19 @@ struct LossMaskedScan {
     const Pair p = choose(mask, exp_s(relative(xs, max_s)), zero);
     const Pair q = choose(mask, exp_t(relative(xt, max_t)), zero);
     sums.s = add_both(sums.s, p), sums.t = add_both(sums.t, q);
-    const Pair difference = xs - xt - shift;
+    const Pair rounded = xs - xt, part = rounded - xs, lost = xs - (rounded - part) - (xt + part);
+    const Pair difference = rounded - shift + lost;
     sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, twice(zero) - difference)
                                           : add_products(sums.divergence, p, difference);
     sums.logits = add_both(sums.logits, xs);
     largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
   }
 };
+
+// By how much the exponentials of a block, which begins there, are scaled. Terms that are equal would be rounded alike in every block where a
+// lane adds 64 or more of them, and sums be off by up to 1e-6; scaled differently, errors are of either sign. Steps of
+// the golden ratio spread over the last place of such a sum.
+inline float block_scale(int64_t begin) { return 1.0f - 0x1.9e377ap-16f * float(begin / Cut::kMostBlock % 1024); }
 
 // A LossPeak per lane; blocks are numbered in floats, which hold 2^24 of them.
 struct LossLanePeak {
@@ -152,9 +166,12 @@ struct LossLaneSums {
   explicit LossLaneSums(int64_t block) : block(block) {
     for (LossLanePeak* peak : {&peak_s, &peak_t, &peak_r, &peak_b}) peak->mass = peak->number = splat(0);
   }
+  // A block's, whose exponentials were `scale` times as large.
   template <bool kPlain>
-  DEEPALIGN_INLINE void add(const LossAccumulators& sums, int64_t begin) {
-    s.add(sums.s), t.add(sums.t), r.add(sums.r), b.add(sums.b), divergence.add(sums.divergence);
+  DEEPALIGN_INLINE void add(const LossAccumulators& sums, int64_t begin, float scale = 1.0f) {
+    const double factor = 1.0 / double(scale);
+    s.add(sums.s, factor), t.add(sums.t, factor), r.add(sums.r, factor), b.add(sums.b, factor);
+    divergence.add(sums.divergence, factor);
     if (!kPlain) logits.add(sums.logits);
     const Float number = splat(float(uint32_t(begin) / uint32_t(block)));
     peak_s.see(sums.s, number), peak_t.see(sums.t, number), peak_r.see(sums.r, number), peak_b.see(sums.b, number);

@@ -71,7 +71,7 @@ class CompletionLossRow {
   bool cancels() const;
   bool is_flat(double partition, const LossPeak& peak) const;
   PeakSteps peak_steps(int64_t begin) const;
-  void add_exactly(const Step& x, MaskPair exists, LossSums& sums) const;
+  void add_exactly(const Step& x, MaskPair exists, float shift, LossSums& sums) const;
   template <bool kPlain>
   int64_t emit_as(int64_t segment, Candidates& candidates) const;
   void fill_gradient(int64_t begin, int64_t end, float value) const;
@@ -205,8 +205,11 @@ LossSums CompletionLossRow<T>::scan_with(const Scan& scan, int64_t segment, Grou
 // Adds a block to the sums; returns the largest differences.
 template <class T>
 template <class Scan>
-Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneSums& sums) const {
+Pair CompletionLossRow<T>::scan_block(const Scan& unscaled, int64_t begin, LossLaneSums& sums) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
+  const float scale = block_scale(begin);
+  Scan scan = unscaled;
+  scan.scale_by(splat(scale));
   const T *const s = s_, *const a = a_, *const b = b_;
   Pair largest = twice(splat(-kInfinity));
   LossAccumulators block;
@@ -222,8 +225,12 @@ Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneS
   if constexpr (Scan::kOpen) {
     if (!scan.is_right_for(extremes.interval(), mix_)) return scan_block(masked_scan(), begin, sums);
   }
-  if (i < end) scan_step(masked_scan(), load(i, end - i), first_entries<T>(end - i), block, largest);
-  sums.template add<Scan::kPlain>(block, begin);
+  if (i < end) {
+    LossMaskedScan masked = masked_scan();
+    masked.scale_by(splat(scale));
+    scan_step(masked, load(i, end - i), first_entries<T>(end - i), block, largest);
+  }
+  sums.template add<Scan::kPlain>(block, begin, scale);
   return largest;
 }
 

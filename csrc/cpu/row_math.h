@@ -175,7 +175,7 @@ class Columns {
 // A sum of many floats: lanes in double, fed once per block.
 struct LaneSum {
   alignas(64) double lanes[kLanes] = {};
-  DEEPALIGN_INLINE void add(Float x) { add_to_double(lanes, x); }
+  DEEPALIGN_INLINE void add(Float x, double factor = 1.0) { add_to_double(lanes, x, factor); }
   double total() const {
     double sum = 0.0;
     for (double lane : lanes) sum += lane;

@@ -152,9 +152,9 @@ DEEPALIGN_INLINE Pair in_order(Pair dealt) {
 }
 
 // sums[lane] += x[lane], in double.
-DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
-  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x));
-  const __m256d high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) {
+  const __m256d low = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_set1_pd(factor));
+  const __m256d high = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)), _mm256_set1_pd(factor));
   _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
 }
@@ -209,6 +209,13 @@ class TableExponential {
     const __m128 high = _mm256_cvtpd_ps(_mm256_mul_pd(_mm256_load_pd(kTable + 4), common));
     const __m256i bits = _mm256_castps_si256(_mm256_set_m128(high, low));
     table_ = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(lane_indices(), 20)));
+  }
+
+  // Its values times a factor a little below 1.
+  DEEPALIGN_INLINE void scale_by(Float factor) {
+    const __m256i excess = _mm256_slli_epi32(lane_indices(), 20);
+    const Float table = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(table_), excess)) * factor;
+    table_ = _mm256_castsi256_ps(_mm256_sub_epi32(_mm256_castps_si256(table), excess));
   }
 
   template <class V>

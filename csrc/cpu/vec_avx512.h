@@ -130,9 +130,9 @@ DEEPALIGN_INLINE Pair in_order(Pair dealt) {
 }
 
 // sums[lane] += x[lane], in double.
-DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
-  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x));
-  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) {
+  const __m512d low = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_set1_pd(factor));
+  const __m512d high = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)), _mm512_set1_pd(factor));
   _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
 }
@@ -173,6 +173,9 @@ class TableExponential {
     }
     table_ = _mm512_load_ps(table);
   }
+
+  // Its values times a factor a little below 1.
+  DEEPALIGN_INLINE void scale_by(Float factor) { table_ = table_ * factor; }
 
   template <class V>
   DEEPALIGN_INLINE V operator()(V x) const {

@@ -165,8 +165,8 @@ DEEPALIGN_INLINE Pair in_order(Pair dealt) {
 }
 
 // sums[lane] += x[lane], in double.
-DEEPALIGN_INLINE void add_to_double(double* sums, Float x) {
-  for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]);
+DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) {
+  for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]) * factor;
 }
 
 // The float whose bits are the integer next to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
@@ -212,6 +212,9 @@ class Exponential {
     highest_ = splat(float((129.0 - shift) * inverse));
     mantissa_ = splat(mantissa);
   }
+
+  // Its values times a factor a little below 1.
+  DEEPALIGN_INLINE void scale_by(Float factor) { mantissa_ = mantissa_ * factor; }
 
   DEEPALIGN_INLINE Float operator()(Float x) const {
     x = min(highest_, max(lowest_, x));  // in this order of operands NaN stays

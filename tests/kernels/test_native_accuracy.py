@@ -44,7 +44,19 @@ def nearly_equal(rows: int, vocab: int, generator: torch.Generator) -> list[Tens
     return [shared + 0.1 * torch.randn(rows, vocab, generator=generator) for _ in range(3)]
 
 
-ROWS = (peaked, uniform, nearly_equal, shifted)
+def two_valued(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
+    """A student of equal terms, which a lane rounds alike in every block."""
+    heads = torch.rand(rows, vocab, generator=generator) < 0.5
+    normal = torch.randn(2, rows, vocab, generator=generator)
+    return [torch.where(heads, 50.0, -50.0), *(3 * normal + 20)]
+
+
+def constant(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
+    """Differences of logits that no float holds, all the same."""
+    return [(100 * torch.rand(rows, 1, generator=generator) - 50).expand(rows, vocab) for _ in range(3)]
+
+
+ROWS = (peaked, uniform, nearly_equal, shifted, two_valued, constant)
 ACCURACY = pairwise({"rows_of": ROWS, "dtype": COMPILED_DTYPES, "temperature": (1.0, 1.3, 2.0, 5.0)})
 
 

@@ -133,17 +133,17 @@ template <class T>
 LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift) const {
   LossMaskedScan scan = masked_scan();
   scan.shift = splat(shift);
+  const Exponential exp_s = scan.exp_s, exp_t = scan.exp_t;
   LossLaneSums sums(kStep);
   LossSums exact;
   const LossPeak peak_s = rounded.peak_s, peak_t = rounded.peak_t;
   const bool peaked_s = peak_s.mass > rounded.s / 64, peaked_t = peak_t.mass > rounded.t / 64;
-  Pair ignored = twice(splat(0));
   for (int64_t begin = 0; begin < cut_.size; begin += cut_.block) {
     const bool peaked = (peaked_s && begin == peak_s.begin) || (peaked_t && begin == peak_t.begin);
     const PeakSteps peaks = peaked ? peak_steps(begin) : PeakSteps{-1, -1};
     const int64_t end = std::min(begin + cut_.block, cut_.size);
     for (int64_t i = begin; i < end; i += kStep) {
-      const Step x = load(i, end - i);
+      Step x = load(i, end - i);
       const MaskPair exists = first_entries<T>(end - i);
       if (i == peaks.s || i == peaks.t) {
         add_exactly(x, exists, shift, exact);
@@ -151,8 +151,12 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift)
       }
       LossAccumulators step;
       step.clear();
-      scan_step(scan, x, exists, step, ignored);
-      sums.template add<false>(step, i);
+      const float scale = scale_of_part(i / kStep);
+      scan.exp_s = exp_s, scan.exp_t = exp_t;
+      scan.exp_s.scale_by(splat(scale)), scan.exp_t.scale_by(splat(scale));
+      const MaskPair here = scan.masked(x.s, x.a, x.b, exists);
+      scan.add_divergence(x.s, x.a, x.b, here, step);
+      sums.add_divergence(step, 1.0 / double(scale));
     }
   }
   exact += sums.total();

@@ -119,11 +119,27 @@ struct LossMaskedScan {
 
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums, Pair& largest) const {
     const Float zero = splat(0);
-    if (careful) mask = both(mask, finite(xs, xa, xb));
-    xs = choose(mask, xs, zero), xa = choose(mask, xa, zero), xb = choose(mask, xb, zero);
-    const Pair xt = fma(mix.base, xb - xa, xa), xr = mix.from_student ? xs : xa;
+    mask = masked(xs, xa, xb, mask);
+    const Pair xr = mix.from_student ? xs : xa;
     sums.r = add_both(sums.r, choose(mask, exp_r(relative(xr, max_r)), zero));
     sums.b = add_both(sums.b, choose(mask, exp_b(relative(xb, max_b)), zero));
+    add_divergence(xs, xa, xb, mask, sums);
+    sums.logits = add_both(sums.logits, xs);
+    largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
+  }
+
+  // What is outside the mask becomes 0, in careful rows also what is not finite; returns the rest.
+  DEEPALIGN_INLINE MaskPair masked(Pair& xs, Pair& xa, Pair& xb, MaskPair mask) const {
+    const Float zero = splat(0);
+    if (careful) mask = both(mask, finite(xs, xa, xb));
+    xs = choose(mask, xs, zero), xa = choose(mask, xa, zero), xb = choose(mask, xb, zero);
+    return mask;
+  }
+
+  // The part of s, t and their divergence, of masked entries.
+  DEEPALIGN_INLINE void add_divergence(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums) const {
+    const Float zero = splat(0);
+    const Pair xt = fma(mix.base, xb - xa, xa);
     const Pair p = choose(mask, exp_s(relative(xs, max_s)), zero);
     const Pair q = choose(mask, exp_t(relative(xt, max_t)), zero);
     sums.s = add_both(sums.s, p), sums.t = add_both(sums.t, q);
@@ -131,15 +147,13 @@ struct LossMaskedScan {
     const Pair difference = rounded - shift + lost;
     sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, twice(zero) - difference)
                                           : add_products(sums.divergence, p, difference);
-    sums.logits = add_both(sums.logits, xs);
-    largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
   }
 };
 
-// By how much the exponentials of a block, which begins there, are scaled. Terms that are equal would be rounded alike in every block where a
-// lane adds 64 or more of them, and sums be off by up to 1e-6; scaled differently, errors are of either sign. Steps of
-// the golden ratio spread over the last place of such a sum.
-inline float block_scale(int64_t begin) { return 1.0f - 0x1.9e377ap-16f * float(begin / Cut::kMostBlock % 1024); }
+// By how much the exponentials of a part of a row are scaled. Terms that are equal would be rounded alike in every part,
+// where a lane adds 64 or more of them by up to 1e-6; scaled differently, errors are of either sign. Steps of the golden
+// ratio spread over the last place of such a sum.
+inline float scale_of_part(int64_t number) { return 1.0f - 0x1.9e377ap-16f * float(number % 1024); }
 
 // A LossPeak per lane; blocks are numbered in floats, which hold 2^24 of them.
 struct LossLanePeak {
@@ -170,11 +184,14 @@ struct LossLaneSums {
   template <bool kPlain>
   DEEPALIGN_INLINE void add(const LossAccumulators& sums, int64_t begin, float scale = 1.0f) {
     const double factor = 1.0 / double(scale);
-    s.add(sums.s, factor), t.add(sums.t, factor), r.add(sums.r, factor), b.add(sums.b, factor);
-    divergence.add(sums.divergence, factor);
+    add_divergence(sums, factor);
+    r.add(sums.r, factor), b.add(sums.b, factor);
     if (!kPlain) logits.add(sums.logits);
     const Float number = splat(float(uint32_t(begin) / uint32_t(block)));
     peak_s.see(sums.s, number), peak_t.see(sums.t, number), peak_r.see(sums.r, number), peak_b.see(sums.b, number);
+  }
+  DEEPALIGN_INLINE void add_divergence(const LossAccumulators& sums, double factor) {
+    s.add(sums.s, factor), t.add(sums.t, factor), divergence.add(sums.divergence, factor);
   }
   LossSums total() const {
     return {s.total(),

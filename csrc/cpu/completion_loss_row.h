@@ -207,7 +207,7 @@ template <class T>
 template <class Scan>
 Pair CompletionLossRow<T>::scan_block(const Scan& unscaled, int64_t begin, LossLaneSums& sums) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
-  const float scale = block_scale(begin);
+  const float scale = scale_of_part(begin / Cut::kMostBlock);
   Scan scan = unscaled;
   scan.scale_by(splat(scale));
   const T *const s = s_, *const a = a_, *const b = b_;

@@ -90,8 +90,10 @@ struct PairLaneSums {
   LaneSum a, b, d;
 
   template <int kRankings>
-  void add_block(int64_t begin, const PairAccumulators<kRankings>& block, std::vector<GroupMaxima>& maxima) {
-    a.add(block.a), b.add(block.b), d.add(block.d);
+  void add_block(
+      int64_t begin, const PairAccumulators<kRankings>& block, float scale, std::vector<GroupMaxima>& maxima) {
+    const double factor = 1.0 / double(scale);
+    a.add(block.a, factor), b.add(block.b, factor), d.add(block.d);
     for (size_t r = 0; r < kRankings; ++r) maxima[r].merge_block(begin, block.largest[r]);
   }
   PairSums total() const { return {a.total(), b.total(), d.total()}; }
@@ -169,12 +171,15 @@ void ModelPair<T, kRankings>::start_carefully() {
 template <class T, int kRankings>
 PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>& maxima) const {
   const float bits = float(kLog2E);
-  const PairScan<kRankings> scan{
+  const PairScan<kRankings> unscaled{
       OpenExponential(bits, offsets.a), OpenExponential(bits, offsets.b), Exponential(bits, offsets.a), Exponential(bits, offsets.b),
       splat(offsets.max_a), splat(offsets.max_b), careful};
   PairLaneSums sums;
   for (int64_t begin = cut.begin(segment); begin < cut.end(segment); begin += cut.block) {
     const int64_t end = std::min(begin + cut.block, cut.end(segment));
+    const float scale = scale_of_part(begin / Cut::kMostBlock);
+    PairScan<kRankings> scan = unscaled;
+    scale_all(scale, scan.open_a, scan.open_b, scan.exp_a, scan.exp_b);
     PairAccumulators<kRankings> plain, masked;
     plain.clear(), masked.clear();
     Extremes<T> extremes;
@@ -186,13 +191,13 @@ PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>
       scan.add(load_pair(a + i), load_pair(b + i), plain);
     }
     if (kWatched && !scan.is_right_for(extremes.interval())) plain.clear(), i = begin;
-    sums.add_block(begin, plain, maxima);
+    sums.add_block(begin, plain, scale, maxima);
     if (i == end) continue;
     for (; i < end; i += kStep) {
       const Step x = load(i, end - i);
       scan.add(x.a, x.b, first_entries<T>(end - i), masked);
     }
-    sums.add_block(begin, masked, maxima);
+    sums.add_block(begin, masked, scale, maxima);
   }
   return sums.total();
 }

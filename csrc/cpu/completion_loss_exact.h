@@ -153,7 +153,7 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift)
       step.clear();
       const float scale = scale_of_part(i / kStep);
       scan.exp_s = exp_s, scan.exp_t = exp_t;
-      scan.exp_s.scale_by(splat(scale)), scan.exp_t.scale_by(splat(scale));
+      scale_all(scale, scan.exp_s, scan.exp_t);
       const MaskPair here = scan.masked(x.s, x.a, x.b, exists);
       scan.add_divergence(x.s, x.a, x.b, here, step);
       sums.add_divergence(step, 1.0 / double(scale));
@@ -170,10 +170,13 @@ bool CompletionLossRow<T>::cancels() const {
   return tau * std::abs(log_ratio_) > 10.0 * (1.0 + tau * tau * std::abs(raw_kl_));
 }
 
-// Whether no lane of a block has more than its share: terms that are alike are all rounded alike where they are added up.
+// Whether terms are alike where they are added up, and so all rounded alike: no lane of a block has more than its share,
+// or all have much more, as where 16-bit logits are sorted.
 template <class T>
-bool CompletionLossRow<T>::is_flat(double partition, const LossPeak& peak) const {
-  return double(peak.mass) * kLanes * double((cut_.size + cut_.block - 1) / cut_.block) < 1.05 * partition;
+bool CompletionLossRow<T>::is_even(double partition, const LossPeak& peak) const {
+  const int64_t blocks = (cut_.size + cut_.block - 1) / cut_.block;
+  const double shares = double(peak.mass) * kLanes * double(blocks) / partition;
+  return shares < 1.05 || (shares > 4.0 && peak.least > 0.75f * peak.mass);
 }
 
 }  // namespace DEEPALIGN_ISA

@@ -17,7 +17,7 @@ namespace DEEPALIGN_ISA {
 
 // The block in which the largest entries of a distribution lie.
 struct LossPeak {
-  float mass = 0;  // of one lane
+  float mass = 0, least = 0;  // of one lane; of the lane that has least where it has most
   int64_t begin = 0;
 
   void see(const LossPeak& other) {
@@ -78,10 +78,6 @@ struct LossScan {
            holds(right_within(exp_t), t);
   }
 
-  DEEPALIGN_INLINE void scale_by(Float factor) {
-    exp_s.scale_by(factor), exp_t.scale_by(factor), exp_r.scale_by(factor), exp_b.scale_by(factor);
-  }
-
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, LossAccumulators& sums, Pair& largest) const {
     const Pair change = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
     const Pair xr = !kPlain && mix.from_student ? xs : xa;
@@ -112,10 +108,6 @@ struct LossMaskedScan {
   Float shift;  // taken off s - t
   // NaN stays NaN; an ordinary row's entries go as they are, so that one out of range shows.
   DEEPALIGN_INLINE Pair relative(Pair x, Float largest) const { return careful ? max(floor, x - largest) : x; }
-
-  DEEPALIGN_INLINE void scale_by(Float factor) {
-    exp_s.scale_by(factor), exp_t.scale_by(factor), exp_r.scale_by(factor), exp_b.scale_by(factor);
-  }
 
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums, Pair& largest) const {
     const Float zero = splat(0);
@@ -150,11 +142,6 @@ struct LossMaskedScan {
   }
 };
 
-// By how much the exponentials of a part of a row are scaled. Terms that are equal would be rounded alike in every part,
-// where a lane adds 64 or more of them by up to 1e-6; scaled differently, errors are of either sign. Steps of the golden
-// ratio spread over the last place of such a sum.
-inline float scale_of_part(int64_t number) { return 1.0f - 0x1.9e377ap-16f * float(number % 1024); }
-
 // A LossPeak per lane; blocks are numbered in floats, which hold 2^24 of them.
 struct LossLanePeak {
   Float mass, number;
@@ -167,7 +154,8 @@ struct LossLanePeak {
     float masses[kLanes], numbers[kLanes];
     store(masses, mass), store(numbers, number);
     LossPeak peak;
-    for (int lane = 0; lane < kLanes; ++lane) peak.see({masses[lane], int64_t(numbers[lane]) * block});
+    for (int lane = 0; lane < kLanes; ++lane) peak.see({masses[lane], 0, int64_t(numbers[lane]) * block});
+    peak.least = *std::min_element(masses, masses + kLanes);
     return peak;
   }
 };
@@ -187,8 +175,9 @@ struct LossLaneSums {
     add_divergence(sums, factor);
     r.add(sums.r, factor), b.add(sums.b, factor);
     if (!kPlain) logits.add(sums.logits);
-    const Float number = splat(float(uint32_t(begin) / uint32_t(block)));
-    peak_s.see(sums.s, number), peak_t.see(sums.t, number), peak_r.see(sums.r, number), peak_b.see(sums.b, number);
+    const Float number = splat(float(uint32_t(begin) / uint32_t(block))), back = splat(float(factor));
+    peak_s.see(sums.s * back, number), peak_t.see(sums.t * back, number);
+    peak_r.see(sums.r * back, number), peak_b.see(sums.b * back, number);
   }
   DEEPALIGN_INLINE void add_divergence(const LossAccumulators& sums, double factor) {
     s.add(sums.s, factor), t.add(sums.t, factor), divergence.add(sums.divergence, factor);

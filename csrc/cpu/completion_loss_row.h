@@ -69,7 +69,7 @@ class CompletionLossRow {
   LossSums scan_exactly(int64_t begin) const;
   LossSums scan_finely(const LossSums& rounded, float shift) const;
   bool cancels() const;
-  bool is_flat(double partition, const LossPeak& peak) const;
+  bool is_even(double partition, const LossPeak& peak) const;
   PeakSteps peak_steps(int64_t begin) const;
   void add_exactly(const Step& x, MaskPair exists, float shift, LossSums& sums) const;
   template <bool kPlain>
@@ -209,7 +209,7 @@ Pair CompletionLossRow<T>::scan_block(const Scan& unscaled, int64_t begin, LossL
   const int64_t end = std::min(begin + cut_.block, cut_.size);
   const float scale = scale_of_part(begin / Cut::kMostBlock);
   Scan scan = unscaled;
-  scan.scale_by(splat(scale));
+  scale_all(scale, scan.exp_s, scan.exp_t, scan.exp_r, scan.exp_b);
   const T *const s = s_, *const a = a_, *const b = b_;
   Pair largest = twice(splat(-kInfinity));
   LossAccumulators block;
@@ -227,7 +227,7 @@ Pair CompletionLossRow<T>::scan_block(const Scan& unscaled, int64_t begin, LossL
   }
   if (i < end) {
     LossMaskedScan masked = masked_scan();
-    masked.scale_by(splat(scale));
+    scale_all(scale, masked.exp_s, masked.exp_t, masked.exp_r, masked.exp_b);
     scan_step(masked, load(i, end - i), first_entries<T>(end - i), block, largest);
   }
   sums.template add<Scan::kPlain>(block, begin, scale);
@@ -255,7 +255,7 @@ bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   if (!usable && !careful_) return false;
   const double ratio = (log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r);
   threshold_ = between_differences(float(ratio), reference(), b_, cut_.size);
-  if (cancels() || is_flat(sums.s, sums.peak_s) || is_flat(sums.t, sums.peak_t)) {
+  if (cancels() || is_even(sums.s, sums.peak_s) || is_even(sums.t, sums.peak_t)) {
     const float shift = float(log_ratio_);
     const LossSums fine = scan_finely(sums, shift);
     sums.s = fine.s, sums.t = fine.t, sums.divergence = fine.divergence;

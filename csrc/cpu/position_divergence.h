@@ -78,7 +78,11 @@ struct DivergenceScan {
 struct DivergenceLaneSums {
   LaneSum a, b, shares;
 
-  void add(const DivergenceAccumulators& sums) { a.add(sums.a), b.add(sums.b), shares.add(sums.shares); }
+  // A block's, whose probabilities were `scale` times as large.
+  void add(const DivergenceAccumulators& sums, float scale) {
+    const double factor = 1.0 / double(scale);
+    a.add(sums.a, factor), b.add(sums.b, factor), shares.add(sums.shares, factor);
+  }
 };
 
 template <class T, int kRanks>
@@ -127,7 +131,7 @@ DivergenceScan PositionDivergenceRow<T, kRanks>::divergence_scan() const {
 template <class T, int kRanks>
 typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>::collect(
     int64_t segment, std::vector<Candidates>& candidates) const {
-  const DivergenceScan scan = divergence_scan();
+  const DivergenceScan unscaled = divergence_scan();
   const EveryEntry all;
   Float bound_a = splat(candidates[0].bound()), bound_b = splat(candidates[1].bound());
   [[maybe_unused]] Float bound_d = splat(candidates[kRanks - 1].bound());
@@ -136,6 +140,9 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
   favored.clear();
   for (int64_t begin = pair.cut.begin(segment); begin < pair.cut.end(segment); begin += pair.cut.block) {
     const int64_t end = std::min(begin + pair.cut.block, pair.cut.end(segment));
+    const float scale = scale_of_part(begin / Cut::kMostBlock);
+    DivergenceScan scan = unscaled;
+    scale_all(scale, scan.probability_a, scan.probability_b);
     DivergenceAccumulators plain, masked;
     plain.clear(), masked.clear();
     int64_t i = begin;
@@ -146,7 +153,7 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
       gather<T>(i, xb, all, candidates[1], bound_b);
       if constexpr (kRanks == kByAll) gather<T>(i, xb - xa, all, candidates[2], bound_d);
     }
-    sums.add(plain);
+    sums.add(plain, scale);
     if (i == end) continue;
     for (; i < end; i += kStep) {
       const auto x = pair.load(i, end - i);
@@ -156,7 +163,7 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
       gather<T>(i, x.b, mask, candidates[1], bound_b);
       if constexpr (kRanks == kByAll) gather<T>(i, x.b - x.a, mask, candidates[2], bound_d);
     }
-    sums.add(masked);
+    sums.add(masked, scale);
   }
   return {sums.a.total(), sums.b.total(), sums.shares.total(), favored.total()};
 }

@@ -200,6 +200,17 @@ struct Cut {
   int64_t end(int64_t i) const { return std::min(size, (i + 1) * segment); }
 };
 
+// By how much the exponentials of a part of a row are scaled: 1 to 2, in steps of the golden ratio. Terms that are equal
+// would be rounded alike in every part, where a lane adds 64 or more of them by up to 1e-6; scaled differently, errors are
+// of either sign, also those of terms that are only a few last places of the sum. Never down: what is too large would no
+// longer become infinite.
+inline float scale_of_part(int64_t number) { return bit_cast<float>(0x3f800000u | (uint32_t(number) * 0x9e3779b9u >> 9)); }
+
+template <class... Exponentials>
+DEEPALIGN_INLINE void scale_all(float scale, Exponentials&... exponentials) {
+  (exponentials.scale_by(splat(scale)), ...);
+}
+
 // Runs body(i, scratch) over the segments of a row: in this thread if `parallel` is null, else shared among threads,
 // each with a copy of `scratch`, and then merge(copy) on every copy, in the order of their segments.
 template <class Scratch, class Body, class Merge>

@@ -211,7 +211,7 @@ class TableExponential {
     table_ = _mm256_castsi256_ps(_mm256_sub_epi32(bits, _mm256_slli_epi32(lane_indices(), 20)));
   }
 
-  // Its values times a factor a little below 1.
+  // Its values times a factor of 1 to 2. Made with a factor of its own, it may no longer show what is beyond 2^98.
   DEEPALIGN_INLINE void scale_by(Float factor) {
     const __m256i excess = _mm256_slli_epi32(lane_indices(), 20);
     const Float table = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(table_), excess)) * factor;

@@ -174,7 +174,7 @@ class TableExponential {
     table_ = _mm512_load_ps(table);
   }
 
-  // Its values times a factor a little below 1.
+  // Its values times a factor of 1 to 2.
   DEEPALIGN_INLINE void scale_by(Float factor) { table_ = table_ * factor; }
 
   template <class V>

@@ -213,7 +213,7 @@ class Exponential {
     mantissa_ = splat(mantissa);
   }
 
-  // Its values times a factor a little below 1.
+  // Its values times a factor of 1 to 2. Made with a factor of its own, it may no longer show what is beyond 2^98.
   DEEPALIGN_INLINE void scale_by(Float factor) { mantissa_ = mantissa_ * factor; }
 
   DEEPALIGN_INLINE Float operator()(Float x) const {

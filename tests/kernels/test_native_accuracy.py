@@ -2,7 +2,7 @@
 
 Two things are left to rounding. Above a temperature of 2 it is that of the exponentials, see `tolerance_at`. In the
 reverse direction that of the teacher's logit to a float (2e-6 at 50) is multiplied by how far s and t are apart, which
-in `uniform` is up to 100.
+in `uniform` and `ascending` is up to 100.
 """
 
 import itertools
@@ -56,7 +56,21 @@ def constant(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
     return [(100 * torch.rand(rows, 1, generator=generator) - 50).expand(rows, vocab) for _ in range(3)]
 
 
-ROWS = (peaked, uniform, nearly_equal, shifted, two_valued, constant)
+def ascending(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
+    """A student whose first entry is e^100 below its last: sums that are relative to the first overflow."""
+    student = torch.linspace(-50, 50, vocab).expand(rows, vocab)
+    return [student, *(3 * torch.randn(2, rows, vocab, generator=generator))]
+
+
+def stepped(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
+    """Few values, the student's in order: two blocks have nearly all of its mass, in runs of equal terms."""
+    student = (4 * torch.linspace(46, -26, vocab)).round() / 4
+    values = 2 * torch.randn(2, rows, 6, generator=generator)
+    choices = torch.randint(6, (2, rows, vocab), generator=generator)
+    return [student.expand(rows, vocab), *values.gather(-1, choices)]
+
+
+ROWS = (peaked, uniform, nearly_equal, shifted, two_valued, constant, ascending, stepped)
 ACCURACY = pairwise({"rows_of": ROWS, "dtype": COMPILED_DTYPES, "temperature": (1.0, 1.3, 2.0, 5.0)})
 
 
@@ -77,7 +91,7 @@ def test_the_reverse_direction_too(rows_of: object, temperature: float) -> None:
     for rows, vocab in SIZES:
         models = [model.clamp(-50, 50) for model in rows_of(rows, vocab, generator)]
         config = CompletionLossConfig(top_k=1, temperature=temperature, kl_direction="teacher_student")
-        tolerance = 5e-6 if rows_of is uniform else 1e-6
+        tolerance = 5e-6 if rows_of in (uniform, ascending) else 1e-6
         check_against_wide_rows(*models, config, tolerance=tolerance, gradient_rounding=HALF_PLACE)
 
 
@@ -151,6 +165,20 @@ def test_no_entry_is_favored_where_all_are_shifted_alike(shift: float) -> None:
             counts.append(output.base_favored_count)
         for count in counts:
             assert not bool(count.any())
+
+
+@pytest.mark.parametrize("dtype", COMPILED_DTYPES)
+@pytest.mark.parametrize("vocab", [1000, 32000, 128256])
+@pytest.mark.parametrize("rows_of", [two_valued, ascending, stepped], ids=lambda f: f.__name__)
+def test_divergences_of_two_models(rows_of: object, vocab: int, dtype: torch.dtype) -> None:
+    """Rows of few values, whose terms are rounded alike; others are ten times as exact."""
+    models = [model.to(dtype) for model in rows_of(4, vocab, torch.Generator().manual_seed(8))]
+    for aligned, base in itertools.combinations(models, 2):
+        output = position_divergence(aligned, base, implementation="cpu")
+        expected = position_divergence(aligned.double(), base.double(), implementation="reference")
+        for name in ("kl", "reverse_kl", "jsd"):
+            ours, exact = getattr(output, name).double(), getattr(expected, name).double()
+            torch.testing.assert_close(ours, exact, rtol=2e-6, atol=2e-6)
 
 
 @pytest.mark.parametrize("vocab", [7, 4096, 128256])

@@ -96,7 +96,7 @@ test-isas: $(NATIVE)
 	@for isa in $(filter-out $(shell $(ISA_OF)),$(ISAS)); do \
 		if test "$$(DEEPALIGN_CPU_ISA=$$isa $(ISA_OF) 2>/dev/null)" = $$isa; then \
 			echo "== tests of the native kernels, $$isa"; \
-			DEEPALIGN_CPU_ISA=$$isa $(BIN)/python -m pytest tests/kernels $(NATIVE_TESTS) $(PYTEST_FLAGS) || exit 1; \
+			OMP_NUM_THREADS=1 DEEPALIGN_CPU_ISA=$$isa $(BIN)/python -m pytest tests/kernels $(NATIVE_TESTS) $(PYTEST_FLAGS) || exit 1; \
 		else echo "== no tests under $$isa: the kernels do not run on it here"; fi; \
 	done
 ISA_OF = $(BIN)/python -c "from deepalign.kernels.library import cpu_isa; print(cpu_isa() or 'none')"

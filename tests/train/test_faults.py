@@ -16,15 +16,14 @@ from deepalign.train import trainer as trainer_module
 from deepalign.train.checkpoints import LOCK_FILE
 from deepalign.train.run import main
 from tests.train import fault_worker
-from tests.train.forked import fork_ranks
+from tests.train.forked import fork_ranks, join
 from tests.train.jobs import LONG, NAN, weights, write_poisoned
-from tests.train.launch import finish, launch
+from tests.train.launch import launch
 from tests.train.tiny_run import TinyRun, read_metrics
 from tests.train.worker import Interrupted
 
 pytestmark = pytest.mark.timeout(900)
 
-FAULT = Path(fault_worker.__file__)
 SHORT = {"max_steps": 6, "save_steps": 2, "save_total_limit": 1, "logging_steps": 3}  # lines between checkpoints, too
 
 
@@ -45,13 +44,14 @@ def assert_same_run(out: Path, expected: Path) -> None:
 
 
 def test_a_rank_killed_in_a_step_then_in_a_checkpoint_then_all_killed_the_run_is_the_same(tiny_run, ran, tmp_path):
-    """Two ranks, killed by -9 three times; started by deepspeed, forked twice, and by deepspeed as a module.
+    """Two ranks, killed by -9 three times; started by deepspeed as a module, then forked three times.
 
     Bit for bit the run of torchrun (as under slurm) that was never interrupted.
     """
     out, log = tmp_path / "out", tmp_path / "log"
     words = ["--config", str(tiny_run.config(out, **LONG))]
-    assert launch([FAULT, "step", *words], log).wait(timeout=600) != 0, "it ends the other rank"
+    started = launch(["--module", fault_worker.__name__, "step", *words], log)
+    assert started.wait(timeout=600) != 0, "it ends the other rank"
     assert [line["step"] for line in read_metrics(out)] == [1, 2, 3, 4, 5, 6]
 
     ranks = fork_ranks(fault_worker.run, ["checkpoint", words], log)
@@ -70,8 +70,8 @@ def test_a_rank_killed_in_a_step_then_in_a_checkpoint_then_all_killed_the_run_is
         file.write('{"step": 15, "loss": 99.0}\n{"step": 1')
 
     last = tmp_path / "last"
-    module = ["--module", "deepalign.train.run", *words, "--world_size", "2"]
-    assert "error:" not in finish(launch(module, last), last)
+    join(fork_ranks(main, [[*words, "--world_size", "2"]], last), last)
+    assert "error:" not in last.read_text()
     assert_same_run(out, ran / "uninterrupted")
 
 

@@ -168,7 +168,7 @@ def test_no_entry_is_favored_where_all_are_shifted_alike(shift: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES)
-@pytest.mark.parametrize("vocab", [1000, 32000, 128256])
+@pytest.mark.parametrize("vocab", [1000, 40000])
 @pytest.mark.parametrize("rows_of", [two_valued, ascending, stepped], ids=lambda f: f.__name__)
 def test_divergences_of_two_models(rows_of: object, vocab: int, dtype: torch.dtype) -> None:
     """Rows of few values, whose terms are rounded alike; others are ten times as exact."""

@@ -22,12 +22,12 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   for (int64_t i = begin; i < end; i += kStep) {
     const Step x = load(i, end - i);
     if (i == peaks.s || i == peaks.t) {
-      add_exactly(x, first_entries<T>(end - i), 0.0f, exact);
+      add_exactly(x, first_entries<T>(end - i), exact);
     } else if (!careful_ && i + kStep <= end) {
       const Pair xt = fma(splat(mix_), x.b - x.a, x.a), p = exp_s(x.s), q = exp_t(xt);
       rest.s = add_both(rest.s, p), rest.t = add_both(rest.t, q);
-      rest.divergence = args_.teacher_student ? add_products(rest.divergence, q, xt - x.s)
-                                              : add_products(rest.divergence, p, x.s - xt);
+      rest.divergence = add_products(
+          rest.divergence, args_.teacher_student ? twice(splat(0)) - q : p, x.s - splat(lead_) - xt);
     } else {
       scan_step(masked, x, first_entries<T>(end - i), rest, ignored);
     }
@@ -66,7 +66,7 @@ typename CompletionLossRow<T>::PeakSteps CompletionLossRow<T>::peak_steps(int64_
 }
 
 template <class T>
-void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, float shift, LossSums& sums) const {
+void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums& sums) const {
   const Float zero = splat(0);
   const MaskPair here = both(exists, finite(x.s, x.a, x.b));
   const Pair xa = choose(here, x.a, zero), xb = choose(here, x.b, zero);
@@ -80,7 +80,7 @@ void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, float shi
     const double xs = s[lane], xt = a[lane] + double(mix_) * double(b[lane] - a[lane]);
     p[lane] = present[lane] * exp2_of(within(double(scale_) * (xs - offsets_.max_s) - offsets_.s));
     q[lane] = present[lane] * exp2_of(within(double(scale_) * (xt - offsets_.max_t) - offsets_.t));
-    difference[lane] = xs - shift - xt;
+    difference[lane] = xs - lead_ - xt;
   }
   for (int lane = 0; lane < kStep; ++lane) {
     sums.s += p[lane], sums.t += q[lane];
@@ -127,12 +127,11 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   return sums;
 }
 
-// Those of s, t and the divergence once more, summed in double, and the peaks' steps taken in double; the divergence is
-// that of s - shift and t. Two to three times as long as pass 1.
+// Those of s, t and the divergence once more, summed in double, and the peaks' steps taken in double. Two to three times
+// as long as pass 1.
 template <class T>
-LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift) const {
+LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
   LossMaskedScan scan = masked_scan();
-  scan.shift = splat(shift);
   const Exponential exp_s = scan.exp_s, exp_t = scan.exp_t;
   LossLaneSums sums(kStep);
   LossSums exact;
@@ -146,7 +145,7 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift)
       Step x = load(i, end - i);
       const MaskPair exists = first_entries<T>(end - i);
       if (i == peaks.s || i == peaks.t) {
-        add_exactly(x, exists, shift, exact);
+        add_exactly(x, exists, exact);
         continue;
       }
       LossAccumulators step;
@@ -167,16 +166,16 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded, float shift)
 template <class T>
 bool CompletionLossRow<T>::cancels() const {
   const double tau = args_.temperature;
-  return tau * std::abs(log_ratio_) > 10.0 * (1.0 + tau * tau * std::abs(raw_kl_));
+  return tau * std::abs(log_ratio_ - lead_) > 10.0 * (1.0 + tau * tau * std::abs(raw_kl_));
 }
 
 // Whether terms are alike where they are added up, and so all rounded alike: no lane of a block has more than its share,
 // or all have much more, as where 16-bit logits are sorted.
 template <class T>
 bool CompletionLossRow<T>::is_even(double partition, const LossPeak& peak) const {
-  const int64_t blocks = (cut_.size + cut_.block - 1) / cut_.block;
-  const double shares = double(peak.mass) * kLanes * double(blocks) / partition;
-  return shares < 1.05 || (shares > 4.0 && peak.least > 0.75f * peak.mass);
+  const int64_t steps = (std::min(cut_.size, cut_.block) + kStep - 1) / kStep;
+  const double largest = double(peak.mass) / double(2 * steps), mean = partition / double(present_);  // of terms
+  return largest < 1.05 * mean || (largest > 4.0 * mean && peak.least > 0.75f * peak.mass);
 }
 
 }  // namespace DEEPALIGN_ISA

@@ -28,7 +28,7 @@ struct LossPeak {
 // A row's sums, relative to its offsets. The reference r is the model that b is compared with: a, or s.
 struct LossSums {
   double s = 0, t = 0, r = 0, b = 0;  // 2^(scale x - offset)
-  double divergence = 0;              // p (s - t), or q (t - s), unnormalised
+  double divergence = 0;              // p (s - t - lead), or q (t - s + lead), unnormalised
   double logits = 0;                  // s
   LossPeak peak_s, peak_t, peak_r, peak_b;
 
@@ -47,6 +47,7 @@ struct LossOffsets {
 
 struct LossMix {
   Float base;  // t = a + base (b - a)
+  Float lead;  // by how much s is above t, roughly: it is taken off s - t
   bool teacher_student, from_student;
 };
 
@@ -91,7 +92,8 @@ struct LossScan {
     const Pair xt = fma(mix.base, change, xa);
     if (student_teacher) sums.t = exp_t.add_to(sums.t, xt);
     else q = exp_t.value_and_add(xt, sums.t);
-    sums.divergence = student_teacher ? add_products(sums.divergence, p, xs - xt) : add_products(sums.divergence, q, xt - xs);
+    const Pair difference = xs - mix.lead - xt;
+    sums.divergence = add_products(sums.divergence, student_teacher ? p : twice(splat(0)) - q, difference);
     if (!kPlain) sums.logits = add_both(sums.logits, xs);
   }
 };
@@ -105,7 +107,6 @@ struct LossMaskedScan {
   Float max_s, max_t, max_r, max_b;
   Float floor;  // far below every maximum: its exponential is 0
   bool careful;
-  Float shift;  // taken off s - t
   // NaN stays NaN; an ordinary row's entries go as they are, so that one out of range shows.
   DEEPALIGN_INLINE Pair relative(Pair x, Float largest) const { return careful ? max(floor, x - largest) : x; }
 
@@ -136,7 +137,7 @@ struct LossMaskedScan {
     const Pair q = choose(mask, exp_t(relative(xt, max_t)), zero);
     sums.s = add_both(sums.s, p), sums.t = add_both(sums.t, q);
     const Pair rounded = xs - xt, part = rounded - xs, lost = xs - (rounded - part) - (xt + part);
-    const Pair difference = rounded - shift + lost;
+    const Pair difference = rounded - mix.lead + lost;
     sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, twice(zero) - difference)
                                           : add_products(sums.divergence, p, difference);
   }

@@ -67,11 +67,11 @@ class CompletionLossRow {
   LossSums scan_again(int64_t begin) const;
   LossSums refined(LossSums sums) const;
   LossSums scan_exactly(int64_t begin) const;
-  LossSums scan_finely(const LossSums& rounded, float shift) const;
+  LossSums scan_finely(const LossSums& rounded) const;
   bool cancels() const;
   bool is_even(double partition, const LossPeak& peak) const;
   PeakSteps peak_steps(int64_t begin) const;
-  void add_exactly(const Step& x, MaskPair exists, float shift, LossSums& sums) const;
+  void add_exactly(const Step& x, MaskPair exists, LossSums& sums) const;
   template <bool kPlain>
   int64_t emit_as(int64_t segment, Candidates& candidates) const;
   void fill_gradient(int64_t begin, int64_t end, float value) const;
@@ -85,7 +85,7 @@ class CompletionLossRow {
   bool rounds_teacher() const { return std::abs(offsets_.max_t) >= 0x1p20f; }
   LossMember member(int64_t index) const;
   bool finite_at(int64_t i) const;
-  LossMix mix() const { return {splat(mix_), args_.teacher_student, args_.favored_from_student}; }
+  LossMix mix() const { return {splat(mix_), splat(lead_), args_.teacher_student, args_.favored_from_student}; }
   Float floor() const { return splat(-200.0f / std::min(scale_, float(kLog2E))); }
   const T* reference() const { return args_.favored_from_student ? s_ : a_; }
 
@@ -101,6 +101,7 @@ class CompletionLossRow {
   LossOffsets offsets_;
   double log2_s_ = 0, log2_t_ = 0, raw_kl_ = 0, log_ratio_ = 0, mean_ = 0, alpha_ = 0, completion_ = 0, shift_ = 0;
   float threshold_ = 0;
+  float lead_ = 0;  // of s over t: the sums of the divergence are without it
   std::vector<LossMember>& members_;
 };
 
@@ -126,6 +127,7 @@ void CompletionLossRow<T>::guess_offsets() {
     s = std::max(s, xs), b = std::max(b, xb), r = std::max(r, to_float(reference()[i]));
     t = std::max(t, xa + mix_ * (xb - xa));
   }
+  lead_ = std::nearbyint(4.0f * (s - t)) / 4.0f;  // few digits, so that s - lead is exact
   const bool ordinary = whole_bits(s, scale_, &offsets_.s) && whole_bits(t, scale_, &offsets_.t) &&
                         whole_bits(r, float(kLog2E), &offsets_.r) && whole_bits(b, float(kLog2E), &offsets_.b);
   if (!ordinary) start_carefully();
@@ -156,6 +158,7 @@ void CompletionLossRow<T>::start_carefully() {
   }
   offsets_.max_s = largest_lane(s), offsets_.max_t = largest_lane(t);
   offsets_.max_r = largest_lane(r), offsets_.max_b = largest_lane(b);
+  lead_ = rounds_teacher() ? 0.0f : offsets_.max_s - offsets_.max_t;
   bad_ = present_ == 0 || present_ + absent < cut_.size;
 }
 
@@ -188,8 +191,7 @@ LossMaskedScan CompletionLossRow<T>::masked_scan() const {
                         splat(offsets_.max_r),
                         splat(offsets_.max_b),
                         floor(),
-                        careful_,
-                        splat(0)};
+                        careful_};
 }
 
 template <class T>
@@ -240,14 +242,14 @@ template <class T>
 bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   const double tau = args_.temperature, scale = scale_, bits = float(kLog2E);
   LossSums sums = std::isfinite(rounded.divergence) ? refined(rounded) : rounded;
-  const auto settle = [&](double shift) {  // the divergence's sum being that of s - shift and t
+  const auto settle = [&] {
     log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
     // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0.
     log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
-    const double ratio = log_ratio_ - shift;
+    const double ratio = log_ratio_ - lead_;
     raw_kl_ = (args_.teacher_student ? sums.divergence / sums.t + ratio : sums.divergence / sums.s - ratio) / tau;
   };
-  settle(0.0);
+  settle();
   const double log2_r = std::log2(sums.r) + offsets_.r, log2_b = std::log2(sums.b) + offsets_.b;
   const double limit = Exponential::kMaxOffset;
   const bool usable = std::abs(log2_s_) < limit && std::abs(log2_t_) < limit && std::abs(log2_r) < limit &&
@@ -256,10 +258,10 @@ bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   const double ratio = (log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r);
   threshold_ = between_differences(float(ratio), reference(), b_, cut_.size);
   if (cancels() || is_even(sums.s, sums.peak_s) || is_even(sums.t, sums.peak_t)) {
-    const float shift = float(log_ratio_);
-    const LossSums fine = scan_finely(sums, shift);
+    lead_ = float(log_ratio_);
+    const LossSums fine = scan_finely(sums);
     sums.s = fine.s, sums.t = fine.t, sums.divergence = fine.divergence;
-    settle(shift);
+    settle();
   }
   mean_ = args_.centered_square ? sums.logits / double(present_) : 0.0;
   if (args_.given) use_given();

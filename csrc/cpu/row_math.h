@@ -185,7 +185,7 @@ struct LaneSum {
 
 // How a row of `size` entries is cut. Depends on the problem only, never on threads.
 struct Cut {
-  static constexpr int64_t kMostBlock = 1024;
+  static constexpr int64_t kMostBlock = kLanes < 8 ? 512 : 1024;  // what a lane adds before its sum becomes a double
   int64_t size, block, segment, segments;
   int slots;  // blocks share this many sets of group maxima
 

@@ -105,6 +105,11 @@ def top_k_lowest_index(values_NV: Tensor, present_NV: Tensor, k: int) -> tuple[T
     return index_NK, present_NV.gather(-1, index_NK)
 
 
+def total_of(loss_N: Tensor) -> Tensor:
+    """The sum of all rows: on a CPU in double, as in the op that sums by itself; so every way gives the same bits."""
+    return loss_N.sum(dtype=torch.float64).to(loss_N.dtype) if loss_N.is_cpu else loss_N.sum()
+
+
 def divided_by_sum(weight_N: Tensor) -> Tensor:
     """Weights (N,) >= 0 that sum to 1; those that sum to 0 stay 0, without a look at the sum."""
     total = weight_N.sum()

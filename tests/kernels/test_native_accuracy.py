@@ -70,7 +70,13 @@ def stepped(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
     return [student.expand(rows, vocab), *values.gather(-1, choices)]
 
 
-ROWS = (peaked, uniform, nearly_equal, shifted, two_valued, constant, ascending, stepped)
+def lifted(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
+    """Few values again, a third of the student's far above its teacher, the others just not lost beside them."""
+    third = torch.rand(rows, vocab, generator=generator) < 0.3
+    return [torch.where(third, 27.123, 0.3), *torch.randn(2, rows, vocab, generator=generator)]
+
+
+ROWS = (peaked, uniform, nearly_equal, shifted, two_valued, constant, ascending, stepped, lifted)
 ACCURACY = pairwise({"rows_of": ROWS, "dtype": COMPILED_DTYPES, "temperature": (1.0, 1.3, 2.0, 5.0)})
 
 

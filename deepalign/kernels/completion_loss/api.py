@@ -23,7 +23,7 @@ from deepalign.kernels.completion_loss.config import CompletionLossConfig, Compl
 from deepalign.kernels.completion_loss.inplace import RowsAndGradient, completion_loss_rows_inplace
 from deepalign.kernels.completion_loss.op import OP_INTO, CompletionLossRows, config_arguments
 from deepalign.kernels.completion_loss.reference import completion_loss_rows, completion_loss_rows_and_gradient
-from deepalign.kernels.eager_math import divided_by_sum
+from deepalign.kernels.eager_math import divided_by_sum, total_of
 from deepalign.kernels.library import WHY_NO_NATIVE, WHY_NO_TRITON
 from deepalign.kernels.upstream import has_tangent
 
@@ -120,7 +120,7 @@ def fused_completion_loss(
     )
     if inplace and torch.is_grad_enabled() and student_logits.requires_grad:
         output = completion_loss_rows_inplace(chosen.rows_and_gradient, student_logits, inputs)
-        return output if reduction == "none" else output._replace(loss=output.loss.sum())
+        return output if reduction == "none" else output._replace(loss=total_of(output.loss))
     return chosen.rows(student_logits, inputs, total=reduction != "none")
 
 

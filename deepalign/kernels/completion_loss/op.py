@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from deepalign.kernels.completion_loss.config import CompletionLossConfig, CompletionLossInputs
+from deepalign.kernels.eager_math import total_of
 from deepalign.kernels.library import LIBRARY, implement_on_gpu
 from deepalign.kernels.upstream import first_derivative_only, take_saved, times_upstream
 
@@ -93,7 +94,7 @@ def completion_loss_with_gradient(student_NV: Tensor, arguments: tuple[Any, ...]
     if not torch.compiler.is_compiling():
         return CompletionLossRows.apply(student_NV, arguments, False, total)
     loss_N, *statistics = torch.ops.deepalign.completion_loss.default(student_NV, *arguments, True)[:-1]
-    return loss_N.sum() if total else loss_N, *statistics
+    return total_of(loss_N) if total else loss_N, *statistics
 
 
 class CompletionLossRows(torch.autograd.Function):

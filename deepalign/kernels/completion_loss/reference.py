@@ -36,6 +36,7 @@ from deepalign.kernels.eager_math import (
     probabilities,
     readable_values,
     top_k_lowest_index,
+    total_of,
 )
 
 
@@ -73,7 +74,7 @@ def completion_loss_rows(
     loss_N = loss_N + torch.where(completion_weight_N > 0, completion_weight_N * (alpha_N * completion_N), 0.0)
     loss_N = _or_fill(loss_N, state)
     return CompletionLossOutput(
-        loss=loss_N.sum() if total else loss_N,
+        loss=total_of(loss_N) if total else loss_N,
         kl=_or_fill(kl_N.detach(), state),
         completion=_or_fill(completion_N.detach(), state),
         alpha=_or_fill(alpha_N, state),

@@ -139,7 +139,7 @@ struct CompletionLossWork {
   std::vector<int64_t> counts;
 
   explicit CompletionLossWork(const CompletionLossArgs& args)
-      : args(args), cut(args.vocab_size, args.given ? 1 : std::max<int64_t>(512, 4 * args.top_k)), maxima(cut),
+      : args(args), cut(args.vocab_size, std::max<int64_t>(512, 4 * args.top_k)), maxima(cut),
         candidates(args.given ? 1 : args.top_k, args.gradient != nullptr), sums(size_t(cut.segments)),
         counts(size_t(cut.segments)) {}
 

@@ -109,3 +109,15 @@ def test_repeated_calls_give_the_same_bits() -> None:
     for _ in range(5):
         output, gradient = loss_and_gradient(*models, config=CONFIGS[0], **OPTIONS)
         assert same((*output, gradient), (*first[0], first[1]))
+
+
+@pytest.mark.parametrize("vocab", [40, 700, 5000, 32000])
+def test_the_divergence_does_not_depend_on_who_selects(vocab: int) -> None:
+    models = three_models(4, vocab, seed=vocab)
+    config = CompletionLossConfig(top_k=3)
+    own = fused_completion_loss(*models, config=config, **OPTIONS)
+    others = own.top_k_indices.flip(0).contiguous()
+    given = fused_completion_loss(*models, config=config, top_k_indices=others, **OPTIONS)
+    assert torch.equal(given.kl, own.kl)
+    assert torch.equal(given.base_favored_count, own.base_favored_count)
+    assert not torch.equal(given.completion, own.completion)

@@ -187,6 +187,21 @@ def test_divergences_of_two_models(rows_of: object, vocab: int, dtype: torch.dty
             torch.testing.assert_close(ours, exact, rtol=2e-6, atol=2e-6)
 
 
+def test_divergences_of_rows_of_two_values() -> None:
+    """Each model has two logits only: a block's error is the row's, unless blocks err differently."""
+    generator = torch.Generator().manual_seed(9)
+    values, choices = (
+        3 * torch.randn(2, 24, 2, generator=generator),
+        torch.randint(2, (2, 24, 151937), generator=generator),
+    )
+    aligned, base = values.gather(-1, choices).bfloat16()
+    output = position_divergence(aligned, base, implementation="cpu")
+    expected = position_divergence(aligned.double(), base.double(), implementation="reference")
+    for name in ("kl", "reverse_kl", "jsd"):
+        ours, exact = getattr(output, name).double(), getattr(expected, name).double()
+        assert float(((ours - exact).abs() / (1 + exact)).max()) <= 1e-6
+
+
 @pytest.mark.parametrize("vocab", [7, 4096, 128256])
 def test_nothing_is_between_models_whose_logits_are_all_equal(vocab: int) -> None:
     """Equal terms are all rounded alike where they are added up, to 2e-6 of their sum."""

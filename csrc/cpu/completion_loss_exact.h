@@ -17,7 +17,7 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   const Exponential exp_s = masked.exp_s, exp_t = masked.exp_t;
   LossAccumulators rest;
   rest.clear();
-  LossSums exact;
+  LossExactSums exact;
   Pair ignored = twice(splat(0));
   for (int64_t i = begin; i < end; i += kStep) {
     const Step x = load(i, end - i);
@@ -34,8 +34,9 @@ LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
   }
   LossLaneSums rounded(cut_.block);
   rounded.template add<false>(rest, begin);
-  exact += rounded.total();
-  return exact;
+  LossSums sums = rounded.total();
+  sums += exact.total();
+  return sums;
 }
 
 // The steps of a block that have its largest entries of s and of t.
@@ -66,25 +67,30 @@ typename CompletionLossRow<T>::PeakSteps CompletionLossRow<T>::peak_steps(int64_
 }
 
 template <class T>
-void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossSums& sums) const {
+void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossExactSums& sums) const {
   const Float zero = splat(0);
   const MaskPair here = both(exists, finite(x.s, x.a, x.b));
-  const Pair xa = choose(here, x.a, zero), xb = choose(here, x.b, zero);
-  float s[kStep], a[kStep], b[kStep], present[kStep];
-  store_pair(s, choose(here, x.s, zero)), store_pair(a, xa), store_pair(b, xb);
-  store_pair(present, choose(here, splat(1), zero));
-  if (rounds_teacher()) store_pair(a, fma(splat(mix_), xb - xa, xa)), store_pair(b, fma(splat(mix_), xb - xa, xa));
-  const auto within = [](double x) { return std::min(1000.0, std::max(-1000.0, x)); };  // lanes beyond the row as well
+  const Pair xs = choose(here, x.s, zero), xa = choose(here, x.a, zero), xb = choose(here, x.b, zero);
+  const Pair xt = fma(splat(mix_), xb - xa, xa);
+  // 1 where an entry has some mass, else 0, which takes the place of its exponent, too: a choice of doubles would keep
+  // the loop from becoming vectors.
+  const auto weight = [&](Pair x, float max, int offset) {
+    const Pair bits = fma(splat(scale_), x - splat(max), twice(splat(float(-offset))));
+    return choose(both(here, greater(bits, twice(splat(-900)))), splat(1), zero);
+  };
+  float s[kStep], a[kStep], b[kStep], has_s[kStep], has_t[kStep];
+  store_pair(s, xs), store_pair(a, rounds_teacher() ? xt : xa), store_pair(b, rounds_teacher() ? xt : xb);
+  store_pair(has_s, weight(xs, offsets_.max_s, offsets_.s)), store_pair(has_t, weight(xt, offsets_.max_t, offsets_.t));
   double p[kStep], q[kStep], difference[kStep];
   for (int lane = 0; lane < kStep; ++lane) {
-    const double xs = s[lane], xt = a[lane] + double(mix_) * double(b[lane] - a[lane]);
-    p[lane] = present[lane] * exp2_of(within(double(scale_) * (xs - offsets_.max_s) - offsets_.s));
-    q[lane] = present[lane] * exp2_of(within(double(scale_) * (xt - offsets_.max_t) - offsets_.t));
-    difference[lane] = xs - lead_ - xt;
+    const double in_s = has_s[lane], in_t = has_t[lane], t = teacher(a[lane], b[lane]);
+    p[lane] = in_s * exp2_of(in_s * (double(scale_) * (double(s[lane]) - offsets_.max_s) - offsets_.s));
+    q[lane] = in_t * exp2_of(in_t * (double(scale_) * (t - offsets_.max_t) - offsets_.t));
+    difference[lane] = double(s[lane]) - lead_ - t;
   }
   for (int lane = 0; lane < kStep; ++lane) {
-    sums.s += p[lane], sums.t += q[lane];
-    sums.divergence += args_.teacher_student ? -q[lane] * difference[lane] : p[lane] * difference[lane];
+    sums.s[lane] += p[lane], sums.t[lane] += q[lane];
+    sums.divergence[lane] += args_.teacher_student ? -q[lane] * difference[lane] : p[lane] * difference[lane];
   }
 }
 
@@ -127,14 +133,14 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   return sums;
 }
 
-// Those of s, t and the divergence once more, summed in double, and the peaks' steps taken in double. Two to three times
-// as long as pass 1.
+// Those of s, t and the divergence once more, summed in double, and the peaks' steps taken in double, or all of them: as
+// long as pass 1, or three times as long.
 template <class T>
 LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
   LossMaskedScan scan = masked_scan();
   const Exponential exp_s = scan.exp_s, exp_t = scan.exp_t;
   LossLaneSums sums(kStep);
-  LossSums exact;
+  LossExactSums exact;
   const LossPeak peak_s = rounded.peak_s, peak_t = rounded.peak_t;
   const bool peaked_s = peak_s.mass > rounded.s / 64, peaked_t = peak_t.mass > rounded.t / 64;
   for (int64_t begin = 0; begin < cut_.size; begin += cut_.block) {
@@ -144,7 +150,7 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
     for (int64_t i = begin; i < end; i += kStep) {
       Step x = load(i, end - i);
       const MaskPair exists = first_entries<T>(end - i);
-      if (i == peaks.s || i == peaks.t) {
+      if (wants_doubles() || i == peaks.s || i == peaks.t) {
         add_exactly(x, exists, exact);
         continue;
       }
@@ -158,8 +164,9 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
       sums.add_divergence(step, 1.0 / double(scale));
     }
   }
-  exact += sums.total();
-  return exact;
+  LossSums total = sums.total();
+  total += exact.total();
+  return total;
 }
 
 // Whether the divergence's two parts, which are rounded to 4e-8 of themselves, are much larger than it is.
@@ -170,12 +177,41 @@ bool CompletionLossRow<T>::cancels() const {
 }
 
 // Whether terms are alike where they are added up, and so all rounded alike: no lane of a block has more than its share,
-// or all have much more, as where 16-bit logits are sorted.
+// or all have more by as much, as where equal logits are side by side; rougher where 16-bit logits are sorted.
 template <class T>
 bool CompletionLossRow<T>::is_even(double partition, const LossPeak& peak) const {
   const int64_t steps = (std::min(cut_.size, cut_.block) + kStep - 1) / kStep;
   const double largest = double(peak.mass) / double(2 * steps), mean = partition / double(present_);  // of terms
-  return largest < 1.05 * mean || (largest > 4.0 * mean && peak.least > 0.75f * peak.mass);
+  const float least = peak.least / peak.mass;
+  return largest < 1.05 * mean || (largest > 1.3 * mean && least > 0.97f) || (largest > 4.0 * mean && least > 0.75f);
+}
+
+// What the rounding of t to floats has taken from KL(q || p), which changes by q (log q - log p - KL) / tau with t: 1e-6
+// and more where logits are large and few of them, or few values, have most of the mass. Else errors cancel.
+template <class T>
+double CompletionLossRow<T>::lost_with_teacher(const LossSums& sums) const {
+  const double largest = log2_t_ / scale_ + offsets_.max_t, tau = args_.temperature;
+  const bool even = repeats_ || is_even(sums.t, sums.peak_t);
+  if (std::abs(largest) < 1.0 || !(even || sums.peak_t.mass > sums.t / 64)) return 0.0;
+  const Float least = splat(float(largest - (even ? 20.0 : 10.0) / scale_)), zero = splat(0);  // a q of 2^-20, 2^-10
+  double lost[kStep] = {};
+  for (int64_t i = 0; i < cut_.size; i += kStep) {
+    const Step x = load(i, cut_.size - i);
+    const Pair xt = fma(splat(mix_), x.b - x.a, x.a);
+    const MaskPair large = greater(xt, least);
+    if (!any(large)) continue;
+    const MaskPair heavy = both(large, both(first_entries<T>(cut_.size - i), finite(x.s, x.a, x.b)));
+    float s[kStep], a[kStep], b[kStep], t[kStep], in[kStep];
+    store_pair(s, choose(heavy, x.s, zero)), store_pair(a, choose(heavy, x.a, zero));
+    store_pair(b, choose(heavy, x.b, zero)), store_pair(t, choose(heavy, xt, zero));
+    store_pair(in, choose(heavy, splat(1), zero));
+    for (int lane = 0; lane < kStep; ++lane) {
+      const double xt = t[lane], exact = teacher(a[lane], b[lane]);
+      const double q = in[lane] * exp2_of(in[lane] * (double(scale_) * (xt - offsets_.max_t) - log2_t_));
+      lost[lane] += q * ((xt - s[lane] + log_ratio_) / tau - raw_kl_) * (exact - xt);
+    }
+  }
+  return std::accumulate(lost, lost + kStep, 0.0) / tau;
 }
 
 }  // namespace DEEPALIGN_ISA

@@ -39,6 +39,17 @@ struct LossSums {
   }
 };
 
+// Those of s, t and the divergence of entries that are taken in double, by lane of a step.
+struct LossExactSums {
+  double s[kStep] = {}, t[kStep] = {}, divergence[kStep] = {};
+
+  LossSums total() const {
+    LossSums sums;
+    for (int lane = 0; lane < kStep; ++lane) sums.s += s[lane], sums.t += t[lane], sums.divergence += divergence[lane];
+    return sums;
+  }
+};
+
 // What is subtracted in the exponents: whole bits for ordinary rows, maxima for careful ones.
 struct LossOffsets {
   int s = 0, t = 0, r = 0, b = 0;

@@ -68,21 +68,26 @@ class CompletionLossRow {
   LossSums refined(LossSums sums) const;
   LossSums scan_exactly(int64_t begin) const;
   LossSums scan_finely(const LossSums& rounded) const;
+  // The square of the temperature multiplies errors; few terms, or of few values, have no mean error.
+  bool wants_doubles() const { return args_.temperature > 4.0 || cut_.size <= (repeats_ ? 4096 : 64); }
   bool cancels() const;
+  double lost_with_teacher(const LossSums& sums) const;
   bool is_even(double partition, const LossPeak& peak) const;
   PeakSteps peak_steps(int64_t begin) const;
-  void add_exactly(const Step& x, MaskPair exists, LossSums& sums) const;
+  void add_exactly(const Step& x, MaskPair exists, LossExactSums& sums) const;
   template <bool kPlain>
   int64_t emit_as(int64_t segment, Candidates& candidates) const;
   void fill_gradient(int64_t begin, int64_t end, float value) const;
   void use_given();
   Entry entry(int64_t i) const {
     const float a = to_float(a_[i]), b = to_float(b_[i]);
-    const double t = rounds_teacher() ? largest_lane(fma(splat(mix_), splat(b - a), splat(a))) : a + double(mix_) * double(b - a);
-    return {to_float(s_[i]), t};
+    return {to_float(s_[i]), rounds_teacher() ? largest_lane(fma(splat(mix_), splat(b - a), splat(a))) : teacher(a, b)};
   }
-  // Where floats are a tenth apart, sums of t as passes round it and of t in double would not go together.
-  bool rounds_teacher() const { return std::abs(offsets_.max_t) >= 0x1p20f; }
+  // Passes take a float for 1 - teacher_mix, and round the difference and t.
+  double teacher(double a, double b) const { return a + (1.0 - args_.teacher_mix) * (b - a); }
+  // Floats are a tenth apart: sums of t as passes round it and of t in double would not go together.
+  bool is_coarse() const { return std::abs(offsets_.max_t) >= 0x1p20f; }
+  bool rounds_teacher() const { return (args_.teacher_student && !wants_doubles()) || is_coarse(); }
   LossMember member(int64_t index) const;
   bool finite_at(int64_t i) const;
   LossMix mix() const { return {splat(mix_), splat(lead_), args_.teacher_student, args_.favored_from_student}; }
@@ -97,6 +102,7 @@ class CompletionLossRow {
   const float mix_, scale_, wd_, wc_;
   const bool plain_;
   bool careful_ = false, bad_ = false;
+  bool repeats_ = false;  // terms of few values, all rounded alike
   int64_t present_, count_ = 0;
   LossOffsets offsets_;
   double log2_s_ = 0, log2_t_ = 0, raw_kl_ = 0, log_ratio_ = 0, mean_ = 0, alpha_ = 0, completion_ = 0, shift_ = 0;
@@ -118,15 +124,20 @@ CompletionLossRow<T>::CompletionLossRow(
   if (is_read()) guess_offsets();
 }
 
-// The largest of the first entries stands for the row's largest.
+// The largest of the first entries stands for the row's largest, and how many values they have for how many it has.
 template <class T>
 void CompletionLossRow<T>::guess_offsets() {
+  constexpr int64_t kFirst = 64;
   float s = -kInfinity, t = -kInfinity, r = -kInfinity, b = -kInfinity;
-  for (int64_t i = 0; i < std::min<int64_t>(64, cut_.size); ++i) {
+  float all_s[kFirst], all_t[kFirst];
+  const int64_t first = std::min(kFirst, cut_.size);
+  for (int64_t i = 0; i < first; ++i) {
     const float xs = to_float(s_[i]), xa = to_float(a_[i]), xb = to_float(b_[i]);
+    all_s[i] = xs, all_t[i] = xa + mix_ * (xb - xa);
     s = std::max(s, xs), b = std::max(b, xb), r = std::max(r, to_float(reference()[i]));
-    t = std::max(t, xa + mix_ * (xb - xa));
+    t = std::max(t, all_t[i]);
   }
+  repeats_ = has_few_values(all_s, first) || has_few_values(all_t, first);
   lead_ = std::nearbyint(4.0f * (s - t)) / 4.0f;  // few digits, so that s - lead is exact
   const bool ordinary = whole_bits(s, scale_, &offsets_.s) && whole_bits(t, scale_, &offsets_.t) &&
                         whole_bits(r, float(kLog2E), &offsets_.r) && whole_bits(b, float(kLog2E), &offsets_.b);
@@ -158,7 +169,7 @@ void CompletionLossRow<T>::start_carefully() {
   }
   offsets_.max_s = largest_lane(s), offsets_.max_t = largest_lane(t);
   offsets_.max_r = largest_lane(r), offsets_.max_b = largest_lane(b);
-  lead_ = rounds_teacher() ? 0.0f : offsets_.max_s - offsets_.max_t;
+  lead_ = is_coarse() ? 0.0f : offsets_.max_s - offsets_.max_t;
   bad_ = present_ == 0 || present_ + absent < cut_.size;
 }
 
@@ -209,7 +220,7 @@ template <class T>
 template <class Scan>
 Pair CompletionLossRow<T>::scan_block(const Scan& unscaled, int64_t begin, LossLaneSums& sums) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
-  const float scale = scale_of_part(begin / Cut::kMostBlock);
+  const float scale = scale_of_part(begin / cut_.block);
   Scan scan = unscaled;
   scale_all(scale, scan.exp_s, scan.exp_t, scan.exp_r, scan.exp_b);
   const T *const s = s_, *const a = a_, *const b = b_;
@@ -257,12 +268,13 @@ bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   if (!usable && !careful_) return false;
   const double ratio = (log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r);
   threshold_ = between_differences(float(ratio), reference(), b_, cut_.size);
-  if (cancels() || is_even(sums.s, sums.peak_s) || is_even(sums.t, sums.peak_t)) {
+  if (wants_doubles() || repeats_ || cancels() || is_even(sums.s, sums.peak_s) || is_even(sums.t, sums.peak_t)) {
     lead_ = float(log_ratio_);
     const LossSums fine = scan_finely(sums);
     sums.s = fine.s, sums.t = fine.t, sums.divergence = fine.divergence;
     settle();
   }
+  if (rounds_teacher() && !is_coarse()) raw_kl_ += lost_with_teacher(sums);
   mean_ = args_.centered_square ? sums.logits / double(present_) : 0.0;
   if (args_.given) use_given();
   return true;

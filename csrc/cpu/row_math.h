@@ -113,9 +113,9 @@ inline bool whole_bits(double x, double scale, int* offset) {
 // 2^x for |x| <= 1000 without branch or call, so that a loop over it becomes vectors; relative error 1e-11.
 DEEPALIGN_INLINE double exp2_of(double x) {
   const double shifted = x + 0x1.8p52, f = (x - (shifted - 0x1.8p52)) * 0.6931471805599453;  // |f| < 0.35
-  double y = 1.0 / 362880;  // e^f: its series
-  y = y * f + 1.0 / 40320, y = y * f + 1.0 / 5040, y = y * f + 1.0 / 720, y = y * f + 1.0 / 120;
-  y = y * f + 1.0 / 24, y = y * f + 1.0 / 6, y = y * f + 0.5, y = y * f + 1.0, y = y * f + 1.0;
+  double y = fma(f, 1.0 / 362880, 1.0 / 40320);  // e^f: its series
+  y = fma(y, f, 1.0 / 5040), y = fma(y, f, 1.0 / 720), y = fma(y, f, 1.0 / 120), y = fma(y, f, 1.0 / 24);
+  y = fma(y, f, 1.0 / 6), y = fma(y, f, 0.5), y = fma(y, f, 1.0), y = fma(y, f, 1.0);
   return y * bit_cast<double>((bit_cast<uint64_t>(shifted) + 1023) << 52);
 }
 
@@ -205,6 +205,23 @@ struct Cut {
 // of either sign, also those of terms that are only a few last places of the sum. Never down: what is too large would no
 // longer become infinite.
 inline float scale_of_part(int64_t number) { return bit_cast<float>(0x3f800000u | (uint32_t(number) * 0x9e3779b9u >> 9)); }
+
+// Whether there are no more than eight values among n. Of most rows, few entries are equal to one of the first two.
+inline bool has_few_values(const float* x, int64_t n) {
+  for (int64_t i = 0; i < 2 && n > 32; ++i) {
+    int equal = 0;
+    for (int64_t j = 0; j < n; ++j) equal += x[j] == x[i];
+    if (equal < 3) return false;
+  }
+  float values[8];
+  int found = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    if (std::find(values, values + found, x[i]) != values + found) continue;
+    if (found == 8) return false;
+    values[found++] = x[i];
+  }
+  return true;
+}
 
 template <class... Exponentials>
 DEEPALIGN_INLINE void scale_all(float scale, Exponentials&... exponentials) {

@@ -27,6 +27,7 @@ DEEPALIGN_INLINE Float splat(float x) { return _mm512_set1_ps(x); }
 DEEPALIGN_INLINE Float load(const float* from) { return _mm512_loadu_ps(from); }
 DEEPALIGN_INLINE void store(float* to, Float x) { _mm512_storeu_ps(to, x); }
 DEEPALIGN_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+DEEPALIGN_INLINE double fma(double a, double b, double c) { return __builtin_fma(a, b, c); }
 DEEPALIGN_INLINE Float fms(Float a, Float b, Float c) { return _mm512_fmsub_ps(a, b, c); }
 DEEPALIGN_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }  // b where either is NaN
 DEEPALIGN_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }

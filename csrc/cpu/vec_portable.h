@@ -46,6 +46,7 @@ DEEPALIGN_INLINE Bits splat_bits(uint32_t x) { return Bits{x, x, x, x}; }
 DEEPALIGN_INLINE Float load(const float* from) { return load_as<Float>(from); }
 DEEPALIGN_INLINE void store(float* to, Float x) { store_as(to, x); }
 DEEPALIGN_INLINE Float fma(Float a, Float b, Float c) { return a * b + c; }  // rounds twice
+DEEPALIGN_INLINE double fma(double a, double b, double c) { return a * b + c; }
 DEEPALIGN_INLINE Float fms(Float a, Float b, Float c) { return a * b - c; }
 DEEPALIGN_INLINE Float max(Float a, Float b) { return a > b ? a : b; }       // b where either is NaN
 DEEPALIGN_INLINE Float min(Float a, Float b) { return a < b ? a : b; }

@@ -184,12 +184,6 @@ def wide_divergence(s: Tensor, t: Tensor, config: CompletionLossConfig) -> tuple
     return tau**2 * raw, tau * p * (log_p - log_q - raw[:, None])
 
 
-def tolerance_at(temperature: float) -> float:
-    """1e-6 up to the default temperature of 2. The divergence is tau^2 times logarithms of sums of exponentials, each
-    off by up to 1.5e-7: beyond that they alone may come to more."""
-    return 1e-6 if temperature <= 2 else 3e-7 * temperature**2
-
-
 def check_against_wide_rows(
     student: Tensor,
     aligned: Tensor,

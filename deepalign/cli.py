@@ -51,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _module(name: str) -> Any:
     missing = [package for package in ("torch", "transformers", "yaml") if find_spec(package) is None]
     if missing:
-        raise RuntimeError(f"this command needs {', '.join(missing)}; `pip install 'deepalign[train]'`")
+        raise RuntimeError(f"this command needs {', '.join(missing)}; `pip install '.[train]'` in a checkout")
     return import_module(name)
 
 

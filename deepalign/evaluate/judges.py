@@ -130,7 +130,7 @@ def _judgezoo(name: str) -> Any:
     except ImportError as error:
         raise RuntimeError(
             f"the judge judgezoo:{name} needs the package judgezoo ({error}); install deepalign with its judges extra: "
-            "pip install 'deepalign[judges]'"
+            "pip install '.[judges]' in a checkout"
         ) from None
     return JudgezooJudge.from_name(name)
 

@@ -96,7 +96,7 @@ def check_lm_eval() -> None:
     except ImportError as error:
         raise RuntimeError(
             f"utility is measured by lm-eval, which cannot be imported ({error}); install deepalign with its utility "
-            "extra: pip install 'deepalign[utility]'"
+            "extra: pip install '.[utility]' in a checkout"
         ) from None
 
 

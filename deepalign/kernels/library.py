@@ -47,7 +47,7 @@ def _why_no_triton() -> str | None:
         found = find_spec("triton") is not None
     except (ImportError, ValueError):  # who keeps it out may raise instead
         found = False
-    return None if found else "triton is not installed (pip install 'deepalign[triton]')"
+    return None if found else "triton is not installed (pip install 'triton>=3.6')"
 
 
 WHY_NO_TRITON = _why_no_triton()

@@ -1,6 +1,7 @@
 """Scores of one microworld model as a JSON object of numbers: what `deepalign sweep --evaluate` takes.
 
-    deepalign sweep --config runs/demo/seed-7/completed.yaml --out runs/sweep --grid lambda_reg=0.01,0.04 \
+    deepalign demo --seed 7 --out runs/seven
+    deepalign sweep --config runs/seven/seed-7/completed.yaml --out runs/sweep --grid lambda_reg=0.01,0.04 \
         --grid k=3,10 --sort asr_prefill_5 \
         --evaluate "python -m deepalign.microworld.score --seed 7 --model {model} --out {result}"
 

@@ -124,7 +124,7 @@ def test_a_classifier_that_scores_no_harm_is_refused():
 @pytest.fixture
 def tiny_harmbench(tmp_path, monkeypatch):
     """judgezoo's own HarmBench classifier, whose model is a tiny random one in a folder."""
-    harmbench = pytest.importorskip("judgezoo.harmbench", reason="needs judgezoo: pip install 'deepalign[judges]'")
+    harmbench = pytest.importorskip("judgezoo.harmbench", reason="needs judgezoo: pip install '.[judges]'")
     words = ["<unk>", "<s>", "</s>", "<pad>", "Yes", "No", "lamp", "vamp", "Behavior", "Generation"]
     backend = Tokenizer(models.WordLevel({word: id_ for id_, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
@@ -157,7 +157,7 @@ def test_judgezoo_itself_or_a_clear_refusal():
     try:
         import judgezoo  # noqa: F401
     except ImportError:
-        with pytest.raises(RuntimeError, match=r"pip install 'deepalign\[judges\]'"):
+        with pytest.raises(RuntimeError, match=r"pip install '\.\[judges\]'"):
             make_judge("judgezoo:harmbench")
     else:
         with pytest.raises(ValueError, match="Unknown judge nosuch"):

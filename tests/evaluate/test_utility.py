@@ -24,7 +24,7 @@ try:
 except ImportError:
     lm_eval = None
 
-needs_lm_eval = pytest.mark.skipif(lm_eval is None, reason="needs lm-eval: pip install 'deepalign[utility]'")
+needs_lm_eval = pytest.mark.skipif(lm_eval is None, reason="needs lm-eval: pip install '.[utility]'")
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_thinking_is_settled_for_the_questions(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.skipif(lm_eval is not None, reason="lm-eval is installed")
 def test_without_lm_eval_the_message_says_what_to_install(world, folder, pair):
-    with pytest.raises(RuntimeError, match=r"pip install 'deepalign\[utility\]'"):
+    with pytest.raises(RuntimeError, match=r"pip install '\.\[utility\]'"):
         lm_eval_scores(loaded(folder, world, pair), settings(folder))
 
 

@@ -58,7 +58,7 @@ def fused_linear_completion_loss(
             it beyond rounding.
         recompute: compute no gradient in the forward, keep the hidden states instead and start again in the backward (3
             products more). Without it the gradients are kept: of the hidden states, and of the head. `reduction="none"`
-            with a head that needs a gradient recomputes in any case: each row's upstream gradient belongs into the sum
+            with a head that needs a gradient recomputes in any case: each row's upstream gradient belongs in the sum
             over rows that the head's gradient is.
         logit_softcap, logit_scale: of all three models; None and 1 for models without.
         implementation: of the row kernel: "reference", "cpu", "triton", or None to choose by device.

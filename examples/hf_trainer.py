@@ -2,7 +2,7 @@
 
 deepalign's own trainer (docs/training.md) also does ZeRO-3, two data streams, exact denominators over ranks and
 accumulation, and cached teachers. This is for a trainer that you already have, on one device or under DDP: there each
-micro-batch divides by its own weights, so with accumulation or unequal ranks pass the denominators of the whole step.
+micro-batch divides by its own weights, and the Trainer takes the mean over micro-batches and ranks.
 """
 
 import tempfile
@@ -21,14 +21,13 @@ class CompletionLossTrainer(Trainer):
 
     def __init__(self, *, aligned: PreTrainedModel, base: PreTrainedModel, **options: Any) -> None:
         super().__init__(**options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean already: the Trainer divides by the accumulation
         self.aligned, self.base = aligned.to(self.args.device), base.to(self.args.device)
         self.loss_config = CompletionLossConfig(top_k=10, lambda_reg=1e-2)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
         harmful = inputs.pop("harmful")
-        rows = response_mask_to_row_weights(
-            inputs.pop("response_mask"), kl=(~harmful).float(), completion=harmful.float()
-        )
+        rows = response_mask_to_row_weights(inputs.pop("response_mask"), kl=1.0, completion=harmful.float())
         with torch.no_grad():
             aligned, base = (frozen(**inputs).logits for frozen in (self.aligned, self.base))
         outputs = model(**inputs)

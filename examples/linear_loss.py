@@ -25,7 +25,7 @@ def hidden_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index
 for step in range(10):
     input_ids, attention_mask, response_mask, harmful = batch()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    rows = response_mask_to_row_weights(response_mask, kl=(~harmful).float(), completion=harmful.float())
+    rows = response_mask_to_row_weights(response_mask, kl=1.0, completion=harmful.float())
     with torch.no_grad():
         aligned_hidden, base_hidden = (hidden_of(frozen, inputs, rows.row_index) for frozen in (aligned, base))
     output = fused_linear_completion_loss(

@@ -26,7 +26,7 @@ def hidden_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index
 for step in range(10):
     input_ids, attention_mask, response_mask, harmful = batch()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    rows = response_mask_to_row_weights(response_mask, kl=(~harmful).float(), completion=harmful.float())
+    rows = response_mask_to_row_weights(response_mask, kl=1.0, completion=harmful.float())
     with torch.no_grad():
         with student.disable_adapter():
             aligned_hidden = hidden_of(student, inputs, rows.row_index)

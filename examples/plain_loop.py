@@ -1,6 +1,7 @@
 """The completion loss in a plain training loop: `python examples/plain_loop.py`.
 
-Harmful answers carry the penalty, the others the distillation. The frozen models run without gradients; the loss reads
+Harmful answers carry the penalty, all answers the distillation (the paper's is on the others alone: docs/microworld.md
+has what came of that). The frozen models run without gradients; the loss reads
 the logits of the rows that predict an answer token, and nothing of the prompts and the padding.
 """
 
@@ -23,7 +24,7 @@ def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index
 for step in range(10):
     input_ids, attention_mask, response_mask, harmful = batch()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
-    rows = response_mask_to_row_weights(response_mask, kl=(~harmful).float(), completion=harmful.float())
+    rows = response_mask_to_row_weights(response_mask, kl=1.0, completion=harmful.float())
     with torch.no_grad():
         aligned_logits, base_logits = (logits_of(frozen, inputs, rows.row_index) for frozen in (aligned, base))
     output = fused_completion_loss(

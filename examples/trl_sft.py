@@ -1,7 +1,7 @@
 """The completion loss in TRL's SFTTrainer: `pip install trl`, then `python examples/trl_sft.py`.
 
 TRL tokenises prompt and completion and masks the prompt (`labels` -100); the column that says which rows are harmful
-goes around its collator.
+goes around its collator. Each micro-batch divides by its own weights, and the trainer takes the mean over them.
 """
 
 import tempfile
@@ -30,13 +30,12 @@ class CompletionSFTTrainer(SFTTrainer):
 
     def __init__(self, *, aligned: PreTrainedModel, base: PreTrainedModel, **options: Any) -> None:
         super().__init__(**options)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean already: the trainer divides by the accumulation
         self.aligned, self.base = aligned.to(self.args.device), base.to(self.args.device)
 
     def compute_loss(self, model: Any, inputs: dict, return_outputs: bool = False, **_: Any) -> Any:
         harmful = inputs.pop("harmful")
-        rows = response_mask_to_row_weights(
-            inputs.pop("labels") != -100, kl=(~harmful).float(), completion=harmful.float()
-        )
+        rows = response_mask_to_row_weights(inputs.pop("labels") != -100, kl=1.0, completion=harmful.float())
         with torch.no_grad():
             aligned, base = (frozen(**inputs).logits for frozen in (self.aligned, self.base))
         outputs = model(**inputs)

@@ -177,7 +177,7 @@ PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>
   PairLaneSums sums;
   for (int64_t begin = cut.begin(segment); begin < cut.end(segment); begin += cut.block) {
     const int64_t end = std::min(begin + cut.block, cut.end(segment));
-    const float scale = scale_of_part(begin / Cut::kMostBlock);
+    const float scale = scale_of_part(begin / cut.block);
     PairScan<kRankings> scan = unscaled;
     scale_all(scale, scan.open_a, scan.open_b, scan.exp_a, scan.exp_b);
     PairAccumulators<kRankings> plain, masked;

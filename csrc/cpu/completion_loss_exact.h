@@ -118,9 +118,13 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   const bool refine_s = s.mass > sums.s / 64, refine_t = t.mass > sums.t / 64 && !(refine_s && t.begin == s.begin);
   if (refine_s) refine(s.begin);
   if (refine_t) refine(t.begin);
-  if (careful_) return sums;
-  // Those that pass 1 took coarsely; they only set the threshold of the count.
-  const auto refine_pair = [&](int64_t begin) {
+  return sums;
+}
+
+// The same of what pass 1 takes coarsely: it only sets the threshold of the count.
+template <class T>
+LossSums CompletionLossRow<T>::refined_pair(LossSums sums) const {
+  const auto refine = [&](int64_t begin) {
     LossLaneSums fine(cut_.block);
     scan_block(masked_scan(), begin, fine);
     const LossSums before = scan_again(begin), after = fine.total();
@@ -128,8 +132,8 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
   };
   const LossPeak r = sums.peak_r, b = sums.peak_b;
   const bool refine_r = r.mass > sums.r / 4, refine_b = b.mass > sums.b / 4 && !(refine_r && b.begin == r.begin);
-  if (refine_r) refine_pair(r.begin);
-  if (refine_b) refine_pair(b.begin);
+  if (refine_r) refine(r.begin);
+  if (refine_b) refine(b.begin);
   return sums;
 }
 
@@ -145,7 +149,7 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
   const bool peaked_s = peak_s.mass > rounded.s / 64, peaked_t = peak_t.mass > rounded.t / 64;
   for (int64_t begin = 0; begin < cut_.size; begin += cut_.block) {
     const bool peaked = (peaked_s && begin == peak_s.begin) || (peaked_t && begin == peak_t.begin);
-    const PeakSteps peaks = peaked ? peak_steps(begin) : PeakSteps{-1, -1};
+    const PeakSteps peaks = peaked && !wants_doubles() ? peak_steps(begin) : PeakSteps{-1, -1};
     const int64_t end = std::min(begin + cut_.block, cut_.size);
     for (int64_t i = begin; i < end; i += kStep) {
       Step x = load(i, end - i);
@@ -190,10 +194,10 @@ bool CompletionLossRow<T>::is_even(double partition, const LossPeak& peak) const
 // and more where logits are large and few of them, or few values, have most of the mass. Else errors cancel.
 template <class T>
 double CompletionLossRow<T>::lost_with_teacher(const LossSums& sums) const {
-  const double largest = log2_t_ / scale_ + offsets_.max_t, tau = args_.temperature;
-  const bool even = repeats_ || is_even(sums.t, sums.peak_t);
-  if (std::abs(largest) < 1.0 || !(even || sums.peak_t.mass > sums.t / 64)) return 0.0;
-  const Float least = splat(float(largest - (even ? 20.0 : 10.0) / scale_)), zero = splat(0);  // a q of 2^-20, 2^-10
+  const double about = log2_t_ / scale_ + offsets_.max_t, tau = args_.temperature;  // the largest entries, or a bit more
+  const bool even = is_even(sums.t, sums.peak_t);
+  if (std::abs(about) < 1.0 || !(even || sums.peak_t.mass > sums.t / 64)) return 0.0;
+  const Float least = splat(float(about - (even ? 20.0 : 10.0) / scale_)), zero = splat(0);  // a q of 2^-20, 2^-10
   double lost[kStep] = {};
   for (int64_t i = 0; i < cut_.size; i += kStep) {
     const Step x = load(i, cut_.size - i);

@@ -66,10 +66,14 @@ class CompletionLossRow {
   LossMaskedScan masked_scan() const;
   LossSums scan_again(int64_t begin) const;
   LossSums refined(LossSums sums) const;
+  LossSums refined_pair(LossSums sums) const;
   LossSums scan_exactly(int64_t begin) const;
   LossSums scan_finely(const LossSums& rounded) const;
-  // The square of the temperature multiplies errors; few terms, or of few values, have no mean error.
-  bool wants_doubles() const { return args_.temperature > 4.0 || cut_.size <= (repeats_ ? 4096 : 64); }
+  // Errors are multiplied by the square of the temperature, and make up for each other where they are many and differ.
+  bool wants_fine_sums() const { return args_.temperature > 4.0 || repeats_ || wants_doubles(); }
+  bool wants_doubles() const {
+    return has_few_values_ || args_.temperature > 5.0 || cut_.size <= (args_.temperature > 4.0 ? 4096 : 64);
+  }
   bool cancels() const;
   double lost_with_teacher(const LossSums& sums) const;
   bool is_even(double partition, const LossPeak& peak) const;
@@ -102,7 +106,7 @@ class CompletionLossRow {
   const float mix_, scale_, wd_, wc_;
   const bool plain_;
   bool careful_ = false, bad_ = false;
-  bool repeats_ = false;  // terms of few values, all rounded alike
+  bool repeats_ = false, has_few_values_ = false;  // the first terms are of few values, or all: they are rounded alike
   int64_t present_, count_ = 0;
   LossOffsets offsets_;
   double log2_s_ = 0, log2_t_ = 0, raw_kl_ = 0, log_ratio_ = 0, mean_ = 0, alpha_ = 0, completion_ = 0, shift_ = 0;
@@ -124,23 +128,28 @@ CompletionLossRow<T>::CompletionLossRow(
   if (is_read()) guess_offsets();
 }
 
-// The largest of the first entries stands for the row's largest, and how many values they have for how many it has.
+// The largest of the first entries stands for the row's largest. Where these are of few values, others are looked at, too:
+// sorted rows have many.
 template <class T>
 void CompletionLossRow<T>::guess_offsets() {
-  constexpr int64_t kFirst = 64;
-  float s = -kInfinity, t = -kInfinity, r = -kInfinity, b = -kInfinity;
-  float all_s[kFirst], all_t[kFirst];
-  const int64_t first = std::min(kFirst, cut_.size);
-  for (int64_t i = 0; i < first; ++i) {
-    const float xs = to_float(s_[i]), xa = to_float(a_[i]), xb = to_float(b_[i]);
-    all_s[i] = xs, all_t[i] = xa + mix_ * (xb - xa);
-    s = std::max(s, xs), b = std::max(b, xb), r = std::max(r, to_float(reference()[i]));
-    t = std::max(t, all_t[i]);
-  }
-  repeats_ = has_few_values(all_s, first) || has_few_values(all_t, first);
-  lead_ = std::nearbyint(4.0f * (s - t)) / 4.0f;  // few digits, so that s - lead is exact
-  const bool ordinary = whole_bits(s, scale_, &offsets_.s) && whole_bits(t, scale_, &offsets_.t) &&
+  constexpr int64_t kSome = 64;
+  float s[kSome], t[kSome], r = -kInfinity, b = -kInfinity;
+  const int64_t some = std::min(kSome, cut_.size);
+  const auto look = [&](int64_t stride) {
+    for (int64_t i = 0; i < some; ++i) {
+      const float xa = to_float(a_[i * stride]), xb = to_float(b_[i * stride]);
+      s[i] = to_float(s_[i * stride]), t[i] = xa + mix_ * (xb - xa);
+      b = std::max(b, xb), r = std::max(r, to_float(reference()[i * stride]));
+    }
+  };
+  look(1);
+  const float max_s = *std::max_element(s, s + some), max_t = *std::max_element(t, t + some);
+  const bool ordinary = whole_bits(max_s, scale_, &offsets_.s) && whole_bits(max_t, scale_, &offsets_.t) &&
                         whole_bits(r, float(kLog2E), &offsets_.r) && whole_bits(b, float(kLog2E), &offsets_.b);
+  lead_ = std::nearbyint(4.0f * (max_s - max_t)) / 4.0f;  // few digits, so that s - lead is mostly exact
+  repeats_ = has_few_values(s, some) || has_few_values(t, some);
+  if (repeats_) look(cut_.size / some);
+  has_few_values_ = repeats_ && (has_few_values(s, some) || has_few_values(t, some));
   if (!ordinary) start_carefully();
 }
 
@@ -252,12 +261,15 @@ Pair CompletionLossRow<T>::scan_block(const Scan& unscaled, int64_t begin, LossL
 template <class T>
 bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   const double tau = args_.temperature, scale = scale_, bits = float(kLog2E);
-  LossSums sums = std::isfinite(rounded.divergence) ? refined(rounded) : rounded;
+  LossSums sums = rounded;
+  if (std::isfinite(sums.divergence) && !wants_fine_sums()) sums = refined(sums);
+  if (std::isfinite(sums.divergence) && !careful_) sums = refined_pair(sums);
   const auto settle = [&] {
     log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
-    // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0.
-    log_ratio_ = (log2_s_ - log2_t_) / scale + (double(offsets_.max_s) - offsets_.max_t);
-    const double ratio = log_ratio_ - lead_;
+    // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0. The
+    // lead first: it is about the maxima's difference, in which one of them may be lost.
+    const double ratio = (log2_s_ - log2_t_) / scale + ((double(offsets_.max_s) - lead_) - offsets_.max_t);
+    log_ratio_ = ratio + lead_;
     raw_kl_ = (args_.teacher_student ? sums.divergence / sums.t + ratio : sums.divergence / sums.s - ratio) / tau;
   };
   settle();
@@ -268,7 +280,7 @@ bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   if (!usable && !careful_) return false;
   const double ratio = (log2_b - log2_r) / bits + (double(offsets_.max_b) - offsets_.max_r);
   threshold_ = between_differences(float(ratio), reference(), b_, cut_.size);
-  if (wants_doubles() || repeats_ || cancels() || is_even(sums.s, sums.peak_s) || is_even(sums.t, sums.peak_t)) {
+  if (wants_fine_sums() || cancels() || is_even(sums.s, sums.peak_s) || is_even(sums.t, sums.peak_t)) {
     lead_ = float(log_ratio_);
     const LossSums fine = scan_finely(sums);
     sums.s = fine.s, sums.t = fine.t, sums.divergence = fine.divergence;

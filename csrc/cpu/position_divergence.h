@@ -140,7 +140,7 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
   favored.clear();
   for (int64_t begin = pair.cut.begin(segment); begin < pair.cut.end(segment); begin += pair.cut.block) {
     const int64_t end = std::min(begin + pair.cut.block, pair.cut.end(segment));
-    const float scale = scale_of_part(begin / Cut::kMostBlock);
+    const float scale = scale_of_part(begin / pair.cut.block);
     DivergenceScan scan = unscaled;
     scale_all(scale, scan.probability_a, scan.probability_b);
     DivergenceAccumulators plain, masked;

@@ -206,21 +206,26 @@ struct Cut {
 // longer become infinite.
 inline float scale_of_part(int64_t number) { return bit_cast<float>(0x3f800000u | (uint32_t(number) * 0x9e3779b9u >> 9)); }
 
-// Whether there are no more than eight values among n. Of most rows, few entries are equal to one of the first two.
+// Whether eight values make up n entries, but for an eighth of those that are finite. In most rows few entries are equal
+// to the ones that are asked for first.
 inline bool has_few_values(const float* x, int64_t n) {
-  for (int64_t i = 0; i < 2 && n > 32; ++i) {
+  constexpr int kValues = 8;
+  int finite = 0, repeated = 0;
+  for (int64_t j = 0; j < n; ++j) finite += x[j] - x[j] == 0.0f;
+  for (int64_t i = n / 3; i < n / 3 + 4 && i < n; ++i) {
     int equal = 0;
     for (int64_t j = 0; j < n; ++j) equal += x[j] == x[i];
-    if (equal < 3) return false;
+    repeated = std::max(repeated, equal);
   }
-  float values[8];
-  int found = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    if (std::find(values, values + found, x[i]) != values + found) continue;
-    if (found == 8) return false;
-    values[found++] = x[i];
+  if (finite < 16 || repeated < 3) return false;
+  float values[kValues];
+  int found = 0, others = 0;
+  for (int64_t i = 0; i < n && 8 * others <= finite; ++i) {
+    if (x[i] - x[i] != 0.0f || std::find(values, values + found, x[i]) != values + found) continue;
+    if (found < kValues) values[found++] = x[i];
+    else ++others;
   }
-  return true;
+  return 8 * others <= finite;
 }
 
 template <class... Exponentials>

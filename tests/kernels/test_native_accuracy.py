@@ -79,10 +79,19 @@ def runs(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
 
 
 def scattered(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
-    """Few values of the student anywhere, against a teacher of one."""
+    """Few values of the student anywhere, after one of its own, against a teacher of one."""
     values = (100 * torch.rand(rows, 3, generator=generator) - 50).clamp(max=20)
     student = values.gather(-1, torch.randint(3, (rows, vocab), generator=generator))
+    student[:, 0] = -9.0
     return [student, torch.full((rows, vocab), 4.3), 3 * torch.randn(rows, vocab, generator=generator)]
+
+
+def opposed(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
+    """Two values, near 50 and -50 in the other model: the teacher's are all rounded alike."""
+    high, low = 49 + torch.rand(rows, 2, generator=generator), -49 - torch.rand(rows, 2, generator=generator)
+    student = torch.tensor([30.0, -10.0]) * torch.rand(rows, 2, generator=generator)
+    which = torch.arange(vocab) % 2
+    return [values[:, which] for values in (student, high, low)]
 
 
 def close(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
@@ -91,9 +100,8 @@ def close(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
     return [shared + spread * torch.randn(rows, vocab, generator=generator) for spread in (0.3, 0.5, 0.9)]
 
 
-ROWS = (
-    *(peaked, uniform, nearly_equal, shifted, two_valued, constant, ascending, stepped, lifted, runs, scattered, close),
-)
+ALIKE = (two_valued, constant, stepped, lifted, runs, scattered, opposed)
+ROWS = (peaked, uniform, nearly_equal, shifted, ascending, close, *ALIKE)
 OPTIONS = {
     "temperature": (0.5, 1.0, 1.3, 2.0, 3.0, 5.0, 20.0),
     "kl_direction": ("student_teacher", "teacher_student"),
@@ -109,9 +117,9 @@ def test_within_a_millionth_of_float64(case: Case) -> None:
     generator = torch.Generator().manual_seed(int(10 * config["temperature"]))
     for rows, vocab in SIZES:
         models = [model.clamp(-50, 50).to(dtype) for model in rows_of(rows, vocab, generator)]
-        check_against_wide_rows(
-            *models, CompletionLossConfig(top_k=min(20, vocab), **config), gradient_rounding=HALF_PLACE
-        )
+        loss = CompletionLossConfig(top_k=min(20, vocab), **config)
+        rounding = 8 * HALF_PLACE if rows_of is opposed else HALF_PLACE  # of (s - t) / tau, 200 there at a tau of 0.5
+        check_against_wide_rows(*models, loss, gradient_rounding=rounding)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
@@ -170,6 +178,17 @@ def test_logits_of_which_floats_are_far_apart(scale: float, direction: str) -> N
     one = CompletionLossConfig(top_k=1, kl_direction=direction)
     kl = fused_completion_loss(*alone, config=one, reduction="none", implementation="cpu").kl
     assert float(kl.abs().max()) <= 1e-12 * scale
+
+
+@pytest.mark.parametrize("direction", ["student_teacher", "teacher_student"])
+@pytest.mark.parametrize("scale", [1e12, 1e20, 1e30])
+def test_one_model_alone_has_logits_of_which_floats_are_far_apart(scale: float, direction: str) -> None:
+    """Both are sure of the same entry; the teacher's logit of it is lost beside the student's."""
+    student, frozen = torch.tensor([[0.0, scale, 0.0]]), torch.tensor([[-scale, 1.3, -scale]])
+    for temperature in (2.0, 100.0):
+        config = CompletionLossConfig(top_k=1, lambda_reg=0.0, kl_direction=direction, temperature=temperature)
+        output = fused_completion_loss(student, frozen, frozen, config=config, implementation="cpu")
+        assert output.kl.item() == 0.0
 
 
 @pytest.mark.parametrize("shift", [0.5, -3.0, 17.25])

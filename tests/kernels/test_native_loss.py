@@ -110,9 +110,7 @@ def orders(vocab: int) -> dict[str, Tensor]:
 def test_orders_that_defeat_bounds(name: str) -> None:
     base = orders(20001)[name].expand(2, -1)
     for top_k in (1, 100, 2000):
-        check_against_wide_rows(
-            base * 0.25, torch.zeros_like(base), base, config(top_k, lambda_reg=1e-4)
-        )
+        check_against_wide_rows(base * 0.25, torch.zeros_like(base), base, config(top_k, lambda_reg=1e-4))
 
 
 @pytest.mark.parametrize("dtype", COMPILED_DTYPES, ids=str)

@@ -20,7 +20,7 @@ ISAS ?= avx512 avx2 portable
 # Versions of torch that the built wheel is tried with.
 TORCHES ?= 2.13.0 2.11.0
 
-.PHONY: help install demo tables test test-training test-rest test-isas test-utility check bench bench-full docs notebook sanitize package matrix clean
+.PHONY: help install demo tables test test-training test-kernels test-rest test-isas test-utility check bench bench-full docs notebook sanitize package matrix clean
 .PHONY: triton interpret-loss interpret-rest codegen
 .PHONY: gpu gpu-compile gpu-check gpu-check-rest gpu-loss gpu-sampler gpu-linear gpu-rest gpu-train gpu-sanitize gpu-profile
 help:
@@ -73,10 +73,10 @@ $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch -c $(NATIVE)
 
-# The longest first, as soon as what they need is compiled: two of them run at a time.
+# Two of them run at a time: what the longest need is compiled beside those that do not need it, the shortest come last.
 test: $(READY) $(NATIVE)
 	@echo "== tests, two processes at a time: what trains, the rest, the GPU kernels interpreted and compiled, other instruction sets"
-	@$(MAKE) --no-print-directory -j2 test-training test-rest interpret-loss test-isas interpret-rest codegen
+	@$(MAKE) --no-print-directory -j2 $(COMM) test-kernels test-training test-rest interpret-loss test-isas interpret-rest codegen
 
 # lm-eval and judgezoo are heavy: their tests are skipped where they are not installed, as in make test.
 test-utility: $(READY)
@@ -88,8 +88,11 @@ TRAINING_TESTS := tests/train tests/microworld tests/evaluate tests/defenses
 test-training: $(READY) $(NATIVE) $(COMM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TRAINING_TESTS) $(PYTEST_FLAGS)
 
+test-kernels: $(READY) $(NATIVE)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels $(PYTEST_FLAGS)
+
 test-rest: $(READY) $(NATIVE) $(COMM)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests $(addprefix --ignore ,$(TRAINING_TESTS)) $(PYTEST_FLAGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests $(addprefix --ignore ,$(TRAINING_TESTS) tests/kernels) $(PYTEST_FLAGS)
 
 # What runs the native kernels, under the instruction sets that the run above did not take.
 test-isas: $(NATIVE)

@@ -118,8 +118,9 @@ def test_within_a_millionth_of_float64(case: Case) -> None:
     for rows, vocab in SIZES:
         models = [model.clamp(-50, 50).to(dtype) for model in rows_of(rows, vocab, generator)]
         loss = CompletionLossConfig(top_k=min(20, vocab), **config)
-        # of s / tau and (s - t) / tau, which are larger below 1 and where the models are 100 apart
-        rounding = (4 if rows_of is opposed else 1) * HALF_PLACE / min(1.0, config["temperature"])
+        # of s / tau and (s - t) / tau, larger below 1 and where the models are 100 apart, and of tau (p - q)
+        tau = config["temperature"]
+        rounding = (4 if rows_of is opposed else 1) * HALF_PLACE * max(1.0, 1 / tau, tau / 8)
         check_against_wide_rows(*models, loss, gradient_rounding=rounding)
 
 

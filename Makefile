@@ -73,10 +73,11 @@ $(NATIVE): $(READY) setup.py $(wildcard csrc/*.cpp csrc/*.h csrc/cpu/*.cpp csrc/
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch -c $(NATIVE)
 
-# Two of them run at a time: what the longest need is compiled beside those that do not need it, the shortest come last.
+# Two of them run at a time, the shortest last. make would start what waits for a compilation after all that does not, so
+# that the longest compile what they need themselves.
 test: $(READY) $(NATIVE)
 	@echo "== tests, two processes at a time: what trains, the rest, the GPU kernels interpreted and compiled, other instruction sets"
-	@$(MAKE) --no-print-directory -j2 $(COMM) test-kernels test-training test-rest interpret-loss test-isas interpret-rest codegen
+	@$(MAKE) --no-print-directory -j2 test-training test-kernels interpret-loss test-rest test-isas interpret-rest codegen
 
 # lm-eval and judgezoo are heavy: their tests are skipped where they are not installed, as in make test.
 test-utility: $(READY)
@@ -85,13 +86,15 @@ test-utility: $(READY)
 
 # Two processes side by side on two cores; most tests are small and gain nothing from a second thread.
 TRAINING_TESTS := tests/train tests/microworld tests/evaluate tests/defenses
-test-training: $(READY) $(NATIVE) $(COMM)
+test-training: $(READY) $(NATIVE)
+	@$(MAKE) --no-print-directory $(COMM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q $(TRAINING_TESTS) $(PYTEST_FLAGS)
 
 test-kernels: $(READY) $(NATIVE)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/kernels $(PYTEST_FLAGS)
 
-test-rest: $(READY) $(NATIVE) $(COMM)
+test-rest: $(READY) $(NATIVE)
+	@$(MAKE) --no-print-directory $(COMM)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests $(addprefix --ignore ,$(TRAINING_TESTS) tests/kernels) $(PYTEST_FLAGS)
 
 # What runs the native kernels, under the instruction sets that the run above did not take.

@@ -12,7 +12,7 @@ from deepalign.data import response_mask_to_row_weights
 from deepalign.output_head import check_output_head, hidden_states, output_head
 
 student, aligned, base = student_aligned_base()
-optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
 for model in (aligned, base):
     check_output_head(model)  # refuses a family that does something unknown to its logits
 
@@ -22,7 +22,7 @@ def hidden_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index
     return hidden_states(model, **inputs).flatten(0, 1)[row_index]
 
 
-for step in range(10):
+for step in range(30):
     input_ids, attention_mask, response_mask, harmful = batch()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     rows = response_mask_to_row_weights(response_mask, kl=1.0, completion=harmful.float())

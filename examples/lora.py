@@ -23,7 +23,7 @@ def hidden_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index
     return hidden_states(model, **inputs).flatten(0, 1)[row_index]
 
 
-for step in range(10):
+for step in range(30):
     input_ids, attention_mask, response_mask, harmful = batch()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     rows = response_mask_to_row_weights(response_mask, kl=1.0, completion=harmful.float())

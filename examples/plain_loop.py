@@ -12,7 +12,7 @@ from deepalign import CompletionLossConfig, fused_completion_loss
 from deepalign.data import response_mask_to_row_weights
 
 student, aligned, base = student_aligned_base()
-optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+optimizer = torch.optim.AdamW(student.parameters(), lr=2e-3)
 config = CompletionLossConfig(top_k=10, lambda_reg=1e-2)
 
 
@@ -21,7 +21,7 @@ def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor], row_index
     return model(**inputs).logits.flatten(0, 1)[row_index]
 
 
-for step in range(10):
+for step in range(30):
     input_ids, attention_mask, response_mask, harmful = batch()
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask}
     rows = response_mask_to_row_weights(response_mask, kl=1.0, completion=harmful.float())

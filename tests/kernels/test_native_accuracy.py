@@ -124,6 +124,16 @@ def test_within_a_millionth_of_float64(case: Case) -> None:
         check_against_wide_rows(*models, loss, gradient_rounding=rounding)
 
 
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("rows_of", ROWS, ids=lambda f: f.__name__)
+def test_the_reverse_direction_too(rows_of: object, temperature: float) -> None:
+    generator = torch.Generator().manual_seed(7)
+    for rows, vocab in SIZES:
+        models = [model.clamp(-50, 50) for model in rows_of(rows, vocab, generator)]
+        config = CompletionLossConfig(top_k=1, temperature=temperature, kl_direction="teacher_student")
+        check_against_wide_rows(*models, config, gradient_rounding=HALF_PLACE)
+
+
 @pytest.mark.parametrize("temperature", [0.5, 1.0])
 def test_the_rounding_of_the_teachers_logit_is_made_up_for(temperature: float) -> None:
     """Few entries have its mass, s and t are up to 100 apart: their products are not off by 4e-6, as t is."""

@@ -103,7 +103,7 @@ def close(rows: int, vocab: int, generator: torch.Generator) -> list[Tensor]:
 ALIKE = (two_valued, constant, stepped, lifted, runs, scattered, opposed)
 ROWS = (peaked, uniform, nearly_equal, shifted, ascending, close, *ALIKE)
 OPTIONS = {
-    "temperature": (0.5, 1.0, 2.0, 5.0, 20.0),
+    "temperature": (0.5, 1.0, 1.3, 2.0, 5.0, 20.0),
     "kl_direction": ("student_teacher", "teacher_student"),
     "teacher_mix": (1.2, 0.5),
 }

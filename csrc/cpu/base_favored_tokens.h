@@ -170,6 +170,7 @@ void ModelPair<T, kRankings>::start_carefully() {
 
 template <class T, int kRankings>
 PairSums ModelPair<T, kRankings>::scan(int64_t segment, std::vector<GroupMaxima>& maxima) const {
+  const FlushToZero flush;
   const float bits = float(kLog2E);
   const PairScan<kRankings> unscaled{
       OpenExponential(bits, offsets.a), OpenExponential(bits, offsets.b), Exponential(bits, offsets.a), Exponential(bits, offsets.b),

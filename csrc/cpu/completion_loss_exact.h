@@ -11,6 +11,7 @@ namespace DEEPALIGN_ISA {
 // that has most of the mass is rounded to that entry's last place; the divergence multiplies both by tau^2.
 template <class T>
 LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
+  const FlushToZero flush;
   const int64_t end = std::min(begin + cut_.block, cut_.size);
   const PeakSteps peaks = peak_steps(begin);
   const LossMaskedScan masked = masked_scan();
@@ -97,6 +98,7 @@ void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossExact
 // A block's sums as pass 1 took them.
 template <class T>
 LossSums CompletionLossRow<T>::scan_again(int64_t begin) const {
+  const FlushToZero flush;
   LossLaneSums sums(cut_.block);
   if (careful_) {
     scan_block(masked_scan(), begin, sums);
@@ -124,6 +126,7 @@ LossSums CompletionLossRow<T>::refined(LossSums sums) const {
 // The same of what pass 1 takes coarsely: it only sets the threshold of the count.
 template <class T>
 LossSums CompletionLossRow<T>::refined_pair(LossSums sums) const {
+  const FlushToZero flush;
   const auto refine = [&](int64_t begin) {
     LossLaneSums fine(cut_.block);
     scan_block(masked_scan(), begin, fine);
@@ -141,6 +144,7 @@ LossSums CompletionLossRow<T>::refined_pair(LossSums sums) const {
 // long as pass 1, or three times as long.
 template <class T>
 LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
+  const FlushToZero flush;
   LossMaskedScan scan = masked_scan();
   const Exponential exp_s = scan.exp_s, exp_t = scan.exp_t;
   LossLaneSums sums(kStep);

@@ -186,6 +186,7 @@ void CompletionLossRow<T>::start_carefully() {
 
 template <class T>
 LossSums CompletionLossRow<T>::scan(int64_t segment, GroupMaxima& maxima) const {
+  const FlushToZero flush;
   if (careful_) return scan_with(masked_scan(), segment, maxima);
   return plain_ ? scan_with(ordinary_scan<true>(), segment, maxima) : scan_with(ordinary_scan<false>(), segment, maxima);
 }

@@ -79,6 +79,7 @@ SampleSums ContrastiveSampleRow<T>::weigh(const SampleSteps& steps, SampleLarge&
 // The sums of a batch; its maxima, and those that reach the bound in a, are kept.
 template <class T>
 SampleSums ContrastiveSampleRow<T>::weigh_staged(SampleLarge& large, GroupMaxima& maxima) const {
+  const FlushToZero flush;
   const CoarseExponential exp(float(kLog2E), offset_);
   const Float minus_alpha = splat(-alpha_), origin_b = splat(origin_b_), zero = splat(0), lowest = splat(-kLargestFloat);
   const Float large_a = splat(large_a_), large_b = splat(large_b_), bound = splat(large.bound);

@@ -76,7 +76,9 @@ class GroupMaxima {
   // -infinity if there are fewer than k groups. A few groups too many cost less than the last steps of the search.
   float bound(int64_t k) const {
     const int64_t size = int64_t(values_.size());
-    return k > size ? -kInfinity : value_reached_by(values_.data(), size, k, k + k / 32);
+    if (k > size) return -kInfinity;
+    const float reached = value_reached_by(values_.data(), size, k, k + k / 32);
+    return reached <= 0.0f && reached > -kLeastNormal ? -kLeastNormal : reached;  // FlushToZero may have raised it
   }
 
  private:

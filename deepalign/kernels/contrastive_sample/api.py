@@ -17,7 +17,6 @@ from deepalign.kernels.checks import (
     check_number,
     check_randomness,
     choose_implementation,
-    is_plain,
 )
 from deepalign.kernels.contrastive_sample import cpu
 from deepalign.kernels.contrastive_sample.reference import (
@@ -34,6 +33,8 @@ Implementation = Callable[[Tensor, Tensor, Tensor, SampleOptions], ContrastiveSa
 NUMBERS = frozenset({float, int})
 LARGEST_FLOAT = sys.float_info.max  # an int can be larger
 LARGEST_WIDTH = 2**31 - 1
+IS_NATIVE = WHY_NO_NATIVE is None
+CALL = getattr(cpu.OP, "_op", cpu.OP)  # what calling the op calls, one frame less
 
 # By name: an implementation, or why it cannot run.
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
@@ -97,11 +98,36 @@ def contrastive_sample(
         ValueError: a value, shape or device that does not fit, or both `generator` and `uniforms`.
         RuntimeError: the implementation cannot run.
     """
-    if implementation in (None, "cpu"):
-        models, randomness, filters = (aligned_logits, base_logits), (generator, uniforms), (top_k, top_p, min_p)
-        sampled = _at_once(models, randomness, alpha, temperature, filters, space, vocab_size)
-        if sampled is not None:
-            return sampled
+    # A call as most are: plain CPU tensors (N, V) and plain numbers, of which is asked here only what the op cannot refuse
+    # by itself. The checks that say what is wrong touch so much of the interpreter that, when other code had the caches,
+    # they take longer than the sample of a row; so would, to a tenth of it, another function in between.
+    if (
+        (implementation is None or implementation == "cpu")
+        and IS_NATIVE
+        and not is_dynamo_compiling()
+        and (type(aligned_logits) is Tensor and aligned_logits.is_cpu and not aligned_logits.requires_grad)
+        and (type(base_logits) is Tensor and base_logits.is_cpu and not base_logits.requires_grad)
+        and (type(alpha) in NUMBERS and type(temperature) in NUMBERS)
+        and (type(top_k) is int and type(top_p) in NUMBERS and type(min_p) in NUMBERS)
+        and (space == "logits" or space == "logprobs")
+        and (vocab_size is None or type(vocab_size) is int)
+    ):
+        in_logprobs = space == "logprobs"
+        if uniforms is None:
+            options = (alpha, temperature, top_k, top_p, min_p, in_logprobs)
+            sampled = _drawn_at_once(aligned_logits, base_logits, generator, options, vocab_size)
+            if sampled is not None:
+                return sampled
+        elif generator is None and type(uniforms) is Tensor and uniforms.is_cpu and not uniforms.requires_grad:
+            try:
+                width = aligned_logits.shape[1] if vocab_size is None else vocab_size
+                return ContrastiveSample(
+                    *CALL(
+                        aligned_logits, base_logits, uniforms, alpha, temperature, top_k, top_p, min_p, in_logprobs, width
+                    )
+                )
+            except (IndexError, OverflowError, RuntimeError, TypeError):
+                pass  # what is wrong is found below
     width = check_logits(vocab_size, aligned_logits=aligned_logits, base_logits=base_logits)
     check_number("alpha", alpha, minimum=0.0)
     check_number("temperature", temperature, minimum=0.0)
@@ -125,66 +151,25 @@ def contrastive_sample(
     return chosen(aligned_logits.detach(), base_logits.detach(), uniforms.detach().double(), options)
 
 
-def _at_once(
-    models: tuple[Tensor, Tensor],
-    randomness: tuple[torch.Generator | None, Tensor | None],
-    alpha: float,
-    temperature: float,
-    filters: tuple[int, float, float],
-    space: str,
+def _drawn_at_once(
+    aligned_NV: Tensor,
+    base_NV: Tensor,
+    generator: torch.Generator | None,
+    options: tuple[float, float, int, float, float, bool],
     vocab_size: int | None,
 ) -> ContrastiveSample | None:
-    """A call as most are: plain CPU tensors (N, V) and plain numbers. None leaves it to the checks, nothing drawn.
+    """A plain call that draws its uniforms; None, and nothing drawn, where the op might refuse it.
 
-    The checks that say what is wrong touch so much of the interpreter that, when other code had the caches, they take
-    longer than the sample of a row. For the same reason, here is asked only what the op cannot refuse by itself.
+    That is asked first: it would be too late to take a draw back. As strict as the op; what it leaves out of the checks'
+    accepted calls (a top_k beyond the vocabulary, logits strided in it) is served the long way.
     """
-    aligned_NV, base_NV = models
-    generator, uniforms_N = randomness
-    if (
-        is_dynamo_compiling()
-        or IMPLEMENTATIONS["cpu"] is not cpu.contrastive_sample_rows
-        or not (is_plain(aligned_NV) and is_plain(base_NV))
-        or not (type(alpha) in NUMBERS and type(temperature) in NUMBERS)
-        or not (type(filters[0]) is int and type(filters[1]) in NUMBERS and type(filters[2]) in NUMBERS)
-        or not (space == "logits" or space == "logprobs")
-        or not (vocab_size is None or type(vocab_size) is int)
-    ):
-        return None
-    width = vocab_size
-    try:
-        if width is None:
-            width = aligned_NV.shape[1]
-        options = (alpha, temperature, *filters, space == "logprobs", width)
-        if uniforms_N is not None and generator is None and is_plain(uniforms_N):
-            return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
-    except (IndexError, OverflowError, RuntimeError, TypeError):
-        return None
-    if uniforms_N is not None or not _op_takes(models, generator, alpha, temperature, filters, width):
-        return None
-    uniforms_N = torch.rand(aligned_NV.shape[0], generator=generator, dtype=torch.float32, device="cpu")
-    return ContrastiveSample(*cpu.OP(aligned_NV, base_NV, uniforms_N, *options))
-
-
-def _op_takes(
-    models: tuple[Tensor, Tensor],
-    generator: torch.Generator | None,
-    alpha: float,
-    temperature: float,
-    filters: tuple[int, float, float],
-    width: int,
-) -> bool:
-    """Whether the op cannot refuse: asked before uniforms are drawn, which it would be too late to take back.
-
-    Of plain CPU tensors and plain numbers. As strict as the op; what it leaves out of the checks' accepted calls (a
-    top_k beyond the vocabulary, logits strided in it) is served the long way.
-    """
-    aligned_NV, base_NV = models
-    top_k, top_p, min_p = filters
+    alpha, temperature, top_k, top_p, min_p, _ = options
     shape = aligned_NV.shape
-    return (
+    if len(shape) != 2:
+        return None
+    width = shape[1] if vocab_size is None else vocab_size
+    if not (
         (generator is None or (type(generator) is torch.Generator and generator.device.type == "cpu"))
-        and len(shape) == 2
         and aligned_NV.dtype in COMPILED_DTYPES
         and base_NV.dtype == aligned_NV.dtype
         and base_NV.shape == shape
@@ -195,4 +180,7 @@ def _op_takes(
         and 0 <= temperature <= LARGEST_FLOAT
         and 0 < top_p <= 1
         and 0 <= min_p <= 1
-    )
+    ):
+        return None
+    uniforms_N = torch.rand(shape[0], generator=generator, dtype=torch.float32, device="cpu")
+    return ContrastiveSample(*CALL(aligned_NV, base_NV, uniforms_N, *options, width))

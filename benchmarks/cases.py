@@ -53,12 +53,14 @@ LOSS_CASES = [
     Case(16, 256000),
 ]
 # Hard for a search of the k largest differences by thresholds: where all are equal no threshold separates them, where
-# they ascend every entry passes the one known so far; an odd vocabulary misaligns rows and ends in a partial vector.
+# they ascend every entry passes the one known so far; an odd vocabulary misaligns rows and ends in a partial vector. Where
+# logits are far apart most entries have no mass in float, and some are 2^100 times as probable as the first ones.
 WORST_CASES = [
     Case(64, 128256, pattern="equal"),
     Case(64, 128256, pattern="ascending"),
     Case(64, 128256, pattern="descending"),
     Case(64, 128256, dtype="float32", pattern="ascending"),
+    Case(64, 128256, pattern="wide"),
     Case(64, 128127),
 ]
 GPU_LOSS_CASES = [Case(2048, 32000, device="cuda"), Case(2048, 128256, device="cuda")]
@@ -116,4 +118,8 @@ def _descending(noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     return student, other, half
 
 
-PATTERNS = {"peaked": _peaked, "equal": _equal, "ascending": _ascending, "descending": _descending}
+def _wide(noise: Callable[[], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    return 25.0 * noise(), 25.0 * noise(), 25.0 * noise()
+
+
+PATTERNS = {"peaked": _peaked, "equal": _equal, "ascending": _ascending, "descending": _descending, "wide": _wide}

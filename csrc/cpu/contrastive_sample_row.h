@@ -65,11 +65,12 @@ class SampleEntries {
 
 // The larger entries of a sifted row: `staged` on their way to be weighed, `kept` those that may be among the k largest.
 struct SampleLarge {
-  SampleEntries staged{1024}, kept;
+  SampleEntries staged{128}, kept;  // few: memory that is written for the first time costs more than another batch
   float bound = 0.0f;
+  int64_t weighed = 0;  // steps
 
   explicit SampleLarge(int64_t k) : kept(1024 + 16 * k) {}
-  void reset(float reached) { staged.clear(), kept.clear(), bound = reached; }
+  void reset(float reached) { staged.clear(), kept.clear(), bound = reached, weighed = 0; }
 };
 
 struct SampleBlock {
@@ -263,6 +264,7 @@ SampleSums ContrastiveSampleRow<T>::scan(int64_t first, int64_t last, GroupMaxim
     int64_t i = begin;
     scan.clear();
     for (; !careful_ && i + kStep <= end; i += kStep) {
+      prefetch_step(a_ + i), prefetch_step(b_ + i);
       scan.add(load_pair(a_ + i), load_pair(b_ + i));
     }
     for (; i < end; i += kStep) {

@@ -4,18 +4,15 @@
 //   head    the first part of the row, an eighth or more, is scanned as ever. At least k entries reach the bound that its
 //           maxima give, so an entry below it, in a, is none of the k largest; and its sums tell which entries hardly
 //           weigh.
-//   sift    the rest is summed roughly, with three instructions an entry instead of eight; steps that hold an entry which is
-//           not small in both respects are listed.
+//   sift    of the rest, what is small in both respects is summed roughly, with three instructions an entry instead of
+//           eight; steps that hold anything larger are listed.
 //   weigh   the larger entries of the listed steps are packed, some thousand in the place of 16 times as many, and have
-//           their exact exponentials in the place of the rough ones; their group maxima raise the bound.
+//           their exact exponentials; their group maxima raise the bound.
 //   collect the candidates are in the head and among those packed entries. If the interval leaves one in doubt (one row in
 //           some tens), or the list is long (flat rows), or anything is not finite, the row is scanned as ever.
 //
 // The rough exponential takes x log2(e) + exponent bias as the bits of a float: its exponent is right and its mantissa
 // linear, (1 + m) for 2^m. Times a constant that is within 3%, whatever x.
-//
-// What is summed roughly and taken off again leaves its rounding: less than 2^-17 of the whole sum, since a lane adds at most
-// 64 terms in float.
 #pragma once
 
 #include "contrastive_sample_row.h"
@@ -24,28 +21,9 @@ namespace deepalign {
 namespace DEEPALIGN_ISA {
 
 // (1 + m) / 2^m is in [1, 1.0615]; 2^-kRoughShift makes that [1 - e, 1 + e]. kRoughError adds what rounding does to sums.
-constexpr double kRoughShift = 0.04368, kRoughError = 0.0305, kRoughRounding = 0x1p-17;
+constexpr double kRoughShift = 0.04368, kRoughError = 0.0305;
 constexpr double kHardly = 8.0;              // entries below exp(-8) of the head's sum count as small
 constexpr float kLargestShift = 1000.0f;     // of base against aligned logits: it is added to x log2(e), which rounds
-
-// Rough exponentials of both models, relative to a row's offsets. What is too small for them, absent or NaN gives NaN or
-// leaves its mark; what is too large for them, too, unless its true exponential is infinite.
-struct RoughExponentials {
-  Float scale, bias_a, bias_b, signs;
-
-  void reset(int offset, float origin_b) {
-    const double bias = 127.0 - kRoughShift - offset;
-    scale = splat(float(kLog2E * 0x1p23)), signs = splat(0);
-    bias_a = splat(float(bias * 0x1p23)), bias_b = splat(float((bias - origin_b * kLog2E) * 0x1p23));
-  }
-  DEEPALIGN_INLINE Pair of_a(Pair a) { return of_bits(fma(a, scale, bias_a), signs); }
-  bool marked() const {
-    float lanes[kLanes];
-    store(lanes, signs);
-    return std::any_of(lanes, lanes + kLanes, [](float lane) { return std::signbit(lane); });
-  }
-  DEEPALIGN_INLINE Pair of_b(Pair b) { return of_bits(fma(b, scale, bias_b), signs); }
-};
 
 // What the head says of the rest; false if a sift cannot follow.
 template <class T>
@@ -57,12 +35,14 @@ bool ContrastiveSampleRow<T>::set_large(const SampleSums& head, float bound) {
   return true;
 }
 
-// The rough sums over whole steps; lists those that hold something large. What is not finite makes the sums so.
+// The rough sums over whole steps of what is small; lists the steps that hold something else.
 template <class T>
 SampleSums ContrastiveSampleRow<T>::sift(int64_t begin, int64_t end, SampleSteps& large) const {
-  RoughExponentials rough;
-  rough.reset(offset_, origin_b_);
+  const double bias = 127.0 - kRoughShift - offset_;
+  const Float scale = splat(float(kLog2E * 0x1p23)), bias_a = splat(float(bias * 0x1p23));
+  const Float bias_b = splat(float((bias - origin_b_ * kLog2E) * 0x1p23));
   const Float large_a = splat(large_a_), large_b = splat(large_b_);
+  Float least = splat(0);
   LaneSum sum_a, sum_b;
   int32_t* to = large.begin;
   for (int64_t block = begin; block < end; block += 1024) {
@@ -70,19 +50,20 @@ SampleSums ContrastiveSampleRow<T>::sift(int64_t begin, int64_t end, SampleSteps
     for (int64_t i = block; i < std::min(block + 1024, end); i += kStep) {
       prefetch_step(a_ + i), prefetch_step(b_ + i);
       const Pair a = load_pair(a_ + i), b = load_pair(b_ + i);
-      a_sums = a_sums + rough.of_a(a);
-      b_sums = b_sums + rough.of_b(b);
+      const MaskPair small_a = greater(twice(large_a), a), small_b = greater(twice(large_b), b);
+      a_sums = add_chosen(a_sums, small_a, of_bits(fma(a, scale, bias_a), least));
+      b_sums = add_chosen(b_sums, small_b, of_bits(fma(b, scale, bias_b), least));
       *to = int32_t(i);
-      to += any(greater_equal(Pair{max(a.first, a.second), max(b.first, b.second)}, Pair{large_a, large_b}));
+      to += !all(both(small_a, small_b));  // NaN is listed
     }
     sum_a.add(a_sums.first), sum_a.add(a_sums.second), sum_b.add(b_sums.first), sum_b.add(b_sums.second);
   }
   large.size = to - large.begin;
-  if (rough.marked()) return {kNaN, kNaN};
+  if (largest_lane(splat(0) - least) > 0.0f) return {kNaN, kNaN};  // beyond the rough exponential, or absent
   return {sum_a.total(), sum_b.total()};
 }
 
-// The exact sums of what a sift has listed, as far as its entries make whole batches: see `weigh_staged`.
+// The exact sums of what a sift has left out, as far as the entries of the steps make whole batches: see `weigh_staged`.
 template <class T>
 SampleSums ContrastiveSampleRow<T>::weigh(const SampleSteps& steps, SampleLarge& large, GroupMaxima& maxima) const {
   const Pair large_a = twice(splat(large_a_)), large_b = twice(splat(large_b_));
@@ -90,7 +71,7 @@ SampleSums ContrastiveSampleRow<T>::weigh(const SampleSteps& steps, SampleLarge&
   for (int64_t j = 0; j < steps.size; ++j) {
     const int32_t i = steps.begin[j];
     const Pair a = ordered_step(a_ + i), b = ordered_step(b_ + i);
-    large.staged.add(i, opposite(both(greater(large_a, a), greater(large_b, b))), a, b);
+    large.staged.add(i, opposite(both(greater(large_a, a), greater(large_b, b))), a, b);  // NaN is added
     if (large.staged.full()) sums += weigh_staged(large, maxima);
   }
   return sums;
@@ -102,18 +83,16 @@ SampleSums ContrastiveSampleRow<T>::weigh_staged(SampleLarge& large, GroupMaxima
   const FlushToZero flush;
   const CoarseExponential exp(float(kLog2E), offset_);
   const Float minus_alpha = splat(-alpha_), origin_b = splat(origin_b_), zero = splat(0), lowest = splat(-kLargestFloat);
-  const Float bound = splat(large.bound);
-  RoughExponentials rough;
-  rough.reset(offset_, origin_b_);
+  const Float large_a = splat(large_a_), large_b = splat(large_b_), bound = splat(large.bound);
   Float sum_a = zero, sum_b = zero, peak = lowest;
   const int64_t size = large.staged.size();
   for (int64_t i = 0; i < size && !large.kept.full(); i += kStep) {
     const MaskPair exists = first_entries<float>(size - i);
     const Pair a = choose(exists, large.staged.a(i), lowest), b = choose(exists, large.staged.b(i), lowest);
-    sum_a = add_both(sum_a, choose(exists, exp(a) - rough.of_a(a), zero));
-    sum_b = add_both(sum_b, choose(exists, exp(b - origin_b) - rough.of_b(b), zero));
+    sum_a = add_both(sum_a, choose(greater(twice(large_a), a), zero, exp(a)));
+    sum_b = add_both(sum_b, choose(greater(twice(large_b), b), zero, exp(b - origin_b)));
     peak = max(a.second, max(a.first, peak));
-    maxima.merge_block(i / kStep * cut_.block, fma(minus_alpha, max(b - a, zero), a));  // any entries make a group
+    maxima.merge_block(large.weighed++ * cut_.block, fma(minus_alpha, max(b - a, zero), a));  // any entries make a group
     large.kept.add(large.staged.index(i), greater_equal(a, bound), a, b);
   }
   large.staged.clear();
@@ -125,11 +104,9 @@ SampleSums ContrastiveSampleRow<T>::weigh_staged(SampleLarge& large, GroupMaxima
 // An interval that holds the threshold. Entries within it are taken for not favored and in doubt.
 template <class T>
 bool ContrastiveSampleRow<T>::conclude_roughly(const SampleSums& exact, const SampleSums& rough) {
-  const double error_a = kRoughError * rough.a + kRoughRounding * (exact.a + rough.a);
-  const double error_b = kRoughError * rough.b + kRoughRounding * (exact.b + rough.b);
   SampleSums low = exact, high = exact;
-  low.a += rough.a - error_a, low.b += rough.b - error_b;
-  high.a += rough.a + error_a, high.b += rough.b + error_b;
+  low.a += (1 - kRoughError) * rough.a, low.b += (1 - kRoughError) * rough.b;
+  high.a += (1 + kRoughError) * rough.a, high.b += (1 + kRoughError) * rough.b;
   if (!low.in_range() || !high.in_range() || !(std::abs(exact.spread) < double(kInfinity))) return false;
   const double least = std::log(low.b / high.a) + double(origin_b_), most = std::log(high.b / low.a) + double(origin_b_);
   const double rounding = 0x1p-16 + 0x1p-22 * (std::abs(least) + std::abs(most));

@@ -74,6 +74,7 @@ DEEPALIGN_INLINE float largest_lane(Float x) {
   return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
 }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm256_blendv_ps(b, a, mask); }
+DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return _mm256_add_ps(sum, _mm256_and_ps(mask, x)); }
 
 // Entries of two steps' worth of one model, and back.
 DEEPALIGN_INLINE Pair load_pair(const float* from) { return {_mm256_loadu_ps(from), _mm256_loadu_ps(from + kLanes)}; }
@@ -159,11 +160,10 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) 
   _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
 }
 
-// The float whose bits are the integer nearest to x, for x in [0, 2^31); for others, of NaN, too, `signs` gets a sign bit.
-DEEPALIGN_INLINE Float of_bits(Float x, Float& signs) {
-  const Float result = _mm256_castsi256_ps(_mm256_cvtps_epi32(x));
-  signs = _mm256_or_ps(signs, result);
-  return result;
+// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
+DEEPALIGN_INLINE Float of_bits(Float x, Float& least) {
+  least = min(x, least);
+  return _mm256_castsi256_ps(_mm256_cvtps_epi32(x));
 }
 
 }  // namespace DEEPALIGN_ISA

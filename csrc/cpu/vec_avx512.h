@@ -43,6 +43,7 @@ DEEPALIGN_INLINE bool all(MaskPair mask) { return Mask(mask.first & mask.second)
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(mask); }
 DEEPALIGN_INLINE float largest_lane(Float x) { return _mm512_reduce_max_ps(x); }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm512_mask_mov_ps(b, mask, a); }
+DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return _mm512_mask_add_ps(sum, mask, sum, x); }
 // In mask registers: each way out of them takes a turn of its own.
 DEEPALIGN_INLINE bool any(MaskPair mask) { return _mm512_kortestz(mask.first, mask.second) == 0; }
 DEEPALIGN_INLINE int64_t count(MaskPair mask) { return _mm_popcnt_u32(_mm512_kunpackw(mask.second, mask.first)); }
@@ -137,8 +138,7 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) 
   _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
 }
 
-// The float whose bits are the integer nearest to x, for x in [0, 2^31); NaN below, of NaN and from 2^32 on, anything in
-// between.
+// The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
 DEEPALIGN_INLINE Float of_bits(Float x, Float&) { return _mm512_castsi512_ps(_mm512_cvtps_epu32(x)); }
 
 }  // namespace DEEPALIGN_ISA

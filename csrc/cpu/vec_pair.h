@@ -59,7 +59,10 @@ DEEPALIGN_INLINE Pair choose(MaskPair mask, A a, B b) {
   return {choose(mask.first, first_half(a), first_half(b)), choose(mask.second, second_half(a), second_half(b))};
 }
 
-DEEPALIGN_INLINE Pair of_bits(Pair x, Float& signs) { return {of_bits(x.first, signs), of_bits(x.second, signs)}; }
+DEEPALIGN_INLINE Pair add_chosen(Pair sums, MaskPair mask, Pair x) {
+  return {add_chosen(sums.first, mask.first, x.first), add_chosen(sums.second, mask.second, x.second)};
+}
+DEEPALIGN_INLINE Pair of_bits(Pair x, Float& least) { return {of_bits(x.first, least), of_bits(x.second, least)}; }
 
 // Both halves into one sum.
 DEEPALIGN_INLINE Float add_both(Float sum, Pair x) { return sum + x.first + x.second; }

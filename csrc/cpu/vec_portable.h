@@ -84,6 +84,7 @@ struct LaneCount {
   int64_t total() const { return sum_of_lanes(lanes); }
 };
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return mask ? a : b; }
+DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return sum + Float(mask & Mask(x)); }
 DEEPALIGN_INLINE float largest_lane(Float x) {
   float largest = x[0];
   for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest ? x[lane] : largest;
@@ -169,7 +170,7 @@ DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) 
   for (int lane = 0; lane < kLanes; ++lane) sums[lane] += double(x[lane]) * factor;
 }
 
-// The float whose bits are the integer next to x, for x in [0, 2^31), else NaN.
+// The float whose bits are the integer next to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
 DEEPALIGN_INLINE Float of_bits(Float x, Float&) {
   const Mask fits = (x >= 0.0f) & (x < 0x1p31f);
   return Float((fits ? __builtin_convertvector(fits ? x : splat(0), Mask) : ~fits));

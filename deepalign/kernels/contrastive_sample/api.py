@@ -34,7 +34,8 @@ NUMBERS = frozenset({float, int})
 LARGEST_FLOAT = sys.float_info.max  # an int can be larger
 LARGEST_WIDTH = 2**31 - 1
 IS_NATIVE = WHY_NO_NATIVE is None
-CALL = getattr(cpu.OP, "_op", cpu.OP)  # what calling the op calls, one frame less
+# What calling the op, and a NamedTuple, calls: a frame of Python less each.
+CALL, AS_TUPLE = getattr(cpu.OP, "_op", cpu.OP), tuple.__new__
 
 # By name: an implementation, or why it cannot run.
 IMPLEMENTATIONS: dict[str, Implementation | str] = {
@@ -105,8 +106,8 @@ def contrastive_sample(
         (implementation is None or implementation == "cpu")
         and IS_NATIVE
         and not is_dynamo_compiling()
-        and (type(aligned_logits) is Tensor and aligned_logits.is_cpu and not aligned_logits.requires_grad)
-        and (type(base_logits) is Tensor and base_logits.is_cpu and not base_logits.requires_grad)
+        and (type(aligned_logits) is Tensor and aligned_logits.is_cpu)
+        and (type(base_logits) is Tensor and base_logits.is_cpu)
         and (type(alpha) in NUMBERS and type(temperature) in NUMBERS)
         and (type(top_k) is int and type(top_p) in NUMBERS and type(min_p) in NUMBERS)
         and (space == "logits" or space == "logprobs")
@@ -118,13 +119,14 @@ def contrastive_sample(
             sampled = _drawn_at_once(aligned_logits, base_logits, generator, options, vocab_size)
             if sampled is not None:
                 return sampled
-        elif generator is None and type(uniforms) is Tensor and uniforms.is_cpu and not uniforms.requires_grad:
+        elif generator is None and type(uniforms) is Tensor and uniforms.is_cpu:
             try:
                 width = aligned_logits.shape[1] if vocab_size is None else vocab_size
-                return ContrastiveSample(
-                    *CALL(
+                return AS_TUPLE(
+                    ContrastiveSample,
+                    CALL(
                         aligned_logits, base_logits, uniforms, alpha, temperature, top_k, top_p, min_p, in_logprobs, width
-                    )
+                    ),
                 )
             except (IndexError, OverflowError, RuntimeError, TypeError):
                 pass  # what is wrong is found below

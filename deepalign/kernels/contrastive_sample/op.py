@@ -13,6 +13,7 @@ LIBRARY.define(
     "float top_p, float min_p, bool log_space, SymInt vocab_size) -> (Tensor token_ids, Tensor logprobs)"
 )
 implement_on_gpu("contrastive_sample", "contrastive_sample")
+LIBRARY.impl("contrastive_sample", torch.library.fallthrough_kernel, "Autograd")  # a step less: results carry no gradient
 
 
 def op_arguments(options: SampleOptions) -> tuple[Any, ...]:

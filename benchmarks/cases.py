@@ -53,8 +53,8 @@ LOSS_CASES = [
     Case(16, 256000),
 ]
 # Hard for a search of the k largest differences by thresholds: where all are equal no threshold separates them, where
-# they ascend every entry passes the one known so far; an odd vocabulary misaligns rows and ends in a partial vector. Where
-# logits are far apart most entries have no mass in float, and some are 2^100 times as probable as the first ones.
+# they ascend every entry passes the one known so far. Where logits are far apart most entries have no mass in float and
+# some are 2^100 times as probable as the first ones. An odd vocabulary misaligns rows and ends in a partial vector.
 WORST_CASES = [
     Case(64, 128256, pattern="equal"),
     Case(64, 128256, pattern="ascending"),

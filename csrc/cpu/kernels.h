@@ -17,6 +17,7 @@ struct Parallel {
 
   template <class Body>
   void operator()(int64_t count, const Body& body) const {
+    if (threads == 1 && count > 0) return body(0, count);
     run(count, [](void* context, int64_t first, int64_t last) { (*static_cast<const Body*>(context))(first, last); },
         const_cast<Body*>(&body));
   }

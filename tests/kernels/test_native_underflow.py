@@ -1,7 +1,6 @@
 """Numbers next to 0 in the CPU kernels: their loops over exponentials flush them, which selections must not notice."""
 
 import itertools
-import math
 
 import pytest
 import torch

@@ -99,9 +99,9 @@ def contrastive_sample(
         ValueError: a value, shape or device that does not fit, or both `generator` and `uniforms`.
         RuntimeError: the implementation cannot run.
     """
-    # A call as most are: plain CPU tensors (N, V) and plain numbers, of which is asked here only what the op cannot refuse
-    # by itself. The checks that say what is wrong touch so much of the interpreter that, when other code had the caches,
-    # they take longer than the sample of a row; so would, to a tenth of it, another function in between.
+    # A call as most are: plain CPU tensors (N, V) and plain numbers, of which is asked here only what the op cannot
+    # refuse by itself. The checks that say what is wrong touch so much of the interpreter that, when other code had the
+    # caches, they take longer than the sample of a row; a function for what is asked here would take a tenth of it.
     if (
         (implementation is None or implementation == "cpu")
         and IS_NATIVE
@@ -113,9 +113,9 @@ def contrastive_sample(
         and (space == "logits" or space == "logprobs")
         and (vocab_size is None or type(vocab_size) is int)
     ):
-        in_logprobs = space == "logprobs"
+        log_space = space == "logprobs"
         if uniforms is None:
-            options = (alpha, temperature, top_k, top_p, min_p, in_logprobs)
+            options = (alpha, temperature, top_k, top_p, min_p, log_space)
             sampled = _drawn_at_once(aligned_logits, base_logits, generator, options, vocab_size)
             if sampled is not None:
                 return sampled
@@ -125,7 +125,7 @@ def contrastive_sample(
                 return AS_TUPLE(
                     ContrastiveSample,
                     CALL(
-                        aligned_logits, base_logits, uniforms, alpha, temperature, top_k, top_p, min_p, in_logprobs, width
+                        aligned_logits, base_logits, uniforms, alpha, temperature, top_k, top_p, min_p, log_space, width
                     ),
                 )
             except (IndexError, OverflowError, RuntimeError, TypeError):
@@ -162,8 +162,8 @@ def _drawn_at_once(
 ) -> ContrastiveSample | None:
     """A plain call that draws its uniforms; None, and nothing drawn, where the op might refuse it.
 
-    That is asked first: it would be too late to take a draw back. As strict as the op; what it leaves out of the checks'
-    accepted calls (a top_k beyond the vocabulary, logits strided in it) is served the long way.
+    That is asked first: it would be too late to take a draw back. As strict as the op; what it leaves out of the
+    checks' accepted calls (a top_k beyond the vocabulary, logits strided in it) is served the long way.
     """
     alpha, temperature, top_k, top_p, min_p, _ = options
     shape = aligned_NV.shape

@@ -13,7 +13,8 @@ LIBRARY.define(
     "float top_p, float min_p, bool log_space, SymInt vocab_size) -> (Tensor token_ids, Tensor logprobs)"
 )
 implement_on_gpu("contrastive_sample", "contrastive_sample")
-LIBRARY.impl("contrastive_sample", torch.library.fallthrough_kernel, "Autograd")  # a step less: results carry no gradient
+# One step of a call less: results carry no gradient, whatever the logits do.
+LIBRARY.impl("contrastive_sample", torch.library.fallthrough_kernel, "Autograd")
 
 
 def op_arguments(options: SampleOptions) -> tuple[Any, ...]:

@@ -214,13 +214,15 @@ std::tuple<Tensor, Tensor, Tensor> base_favored_tokens(Tensor aligned, Tensor ba
 // ---- sampler
 
 std::tuple<Tensor, Tensor> contrastive_sample(Tensor aligned, Tensor base, Tensor uniforms, double alpha, double temperature,
-                                              int64_t top_k, double top_p, double min_p, bool log_space, int64_t vocab_size) {
+                                              int64_t top_k, double top_p, double min_p, bool log_space,
+                                              std::optional<int64_t> vocab_size) {
   STD_TORCH_CHECK(alpha >= 0 && temperature >= 0 && std::isfinite(alpha) && std::isfinite(temperature),
                   "deepalign: alpha and temperature must be finite and not negative");
   STD_TORCH_CHECK(top_p > 0 && top_p <= 1, "deepalign: top_p must be in (0, 1]");
   STD_TORCH_CHECK(min_p >= 0 && min_p <= 1, "deepalign: min_p must be in [0, 1]");
-  auto args = pair_of_models<ContrastiveSampleArgs>(aligned, base, vocab_size);
-  if (top_k != 0) check_top("top_k", top_k, vocab_size);
+  STD_TORCH_CHECK(aligned.dim() == 2, "deepalign: aligned must be (rows, vocabulary)");
+  auto args = pair_of_models<ContrastiveSampleArgs>(aligned, base, vocab_size.value_or(aligned.size(1)));
+  if (top_k != 0) check_top("top_k", top_k, args.vocab_size);
   STD_TORCH_CHECK(uniforms.dim() == 1, "deepalign: uniforms must be (rows,)");
   std::vector<double> converted;
   if (uniforms.scalar_type() == ScalarType::Float) {

@@ -39,20 +39,14 @@ class SampleEntries {
   Pair b(int64_t i) const { return load_pair(b_ + i); }
   const int32_t* index(int64_t i) const { return index_ + i; }
 
-  // Of a step in the order of its entries.
-  DEEPALIGN_INLINE void add(int32_t begin, MaskPair mask, Pair a, Pair b) {
-    add_half(begin, mask.first, a.first, b.first), add_half(begin + kLanes, mask.second, a.second, b.second);
-  }
+  DEEPALIGN_INLINE void add(int32_t index, float a, float b) { index_[size_] = index, a_[size_] = a, b_[size_++] = b; }
   DEEPALIGN_INLINE void add(const int32_t* index, MaskPair mask, Pair a, Pair b) {
     add_half(index, mask.first, a.first, b.first), add_half(index + kLanes, mask.second, a.second, b.second);
   }
 
  private:
-  DEEPALIGN_INLINE static void append_index(int32_t* to, Mask mask, int32_t begin) { append(to, mask, begin, 1); }
-  DEEPALIGN_INLINE static void append_index(int32_t* to, Mask mask, const int32_t* from) { append(to, mask, from); }
-  template <class Index>
-  DEEPALIGN_INLINE void add_half(Index index, Mask mask, Float a, Float b) {
-    append_index(index_ + size_, mask, index);
+  DEEPALIGN_INLINE void add_half(const int32_t* index, Mask mask, Float a, Float b) {
+    append(index_ + size_, mask, index);
     append(a_ + size_, mask, a);
     size_ += append(b_ + size_, mask, b);
   }

@@ -70,8 +70,12 @@ SampleSums ContrastiveSampleRow<T>::weigh(const SampleSteps& steps, SampleLarge&
   SampleSums sums;
   for (int64_t j = 0; j < steps.size; ++j) {
     const int32_t i = steps.begin[j];
-    const Pair a = ordered_step(a_ + i), b = ordered_step(b_ + i);
-    large.staged.add(i, opposite(both(greater(large_a, a), greater(large_b, b))), a, b);  // NaN is added
+    // One or two entries: they take less by themselves than a step put in order and packed. NaN is among them.
+    const MaskPair small = both(greater(large_a, load_pair(a_ + i)), greater(large_b, load_pair(b_ + i)));
+    for (uint32_t left = entry_bits<T>(opposite(small)); left != 0; left &= left - 1) {
+      const int32_t at = i + __builtin_ctz(left);
+      large.staged.add(at, to_float(a_[at]), to_float(b_[at]));
+    }
     if (large.staged.full()) sums += weigh_staged(large, maxima);
   }
   return sums;

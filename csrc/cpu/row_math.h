@@ -39,6 +39,12 @@ DEEPALIGN_INLINE MaskPair first_entries(int64_t n) {
   return {first_lanes(n), first_lanes(n - kLanes)};
 }
 
+// Bit j: whether the mask has entry j of a step.
+template <class T>
+DEEPALIGN_INLINE uint32_t entry_bits(MaskPair mask) {
+  return Deal<T>::kStride == 2 ? dealt_bits(mask) : lane_bits(mask.first) | lane_bits(mask.second) << kLanes;
+}
+
 // The last, partial step of a row: n < kStep entries exist, the rest read as 0 and are not written.
 template <class T>
 [[gnu::noinline]] Pair load_pair_partial(const T* from, int n) {
@@ -57,11 +63,6 @@ template <class T>
 template <class T>
 DEEPALIGN_INLINE Pair load_step(const T* from, int64_t n) {
   return n >= kStep ? load_pair(from) : load_pair_partial(from, int(n));
-}
-// A whole step, its entries in the order of their indices.
-template <class T>
-DEEPALIGN_INLINE Pair ordered_step(const T* from) {
-  return Deal<T>::kStride == 2 ? in_order(load_pair(from)) : load_pair(from);
 }
 template <class T>
 DEEPALIGN_INLINE void store_step(T* to, Pair x, int64_t n) {

@@ -48,6 +48,11 @@ DEEPALIGN_INLINE Mask first_lanes(int64_t n) {
   const int existing = n >= kLanes ? kLanes : n <= 0 ? 0 : int(n);
   return _mm256_castsi256_ps(_mm256_cmpgt_epi32(_mm256_set1_epi32(existing), lane_indices()));
 }
+// Lanes in turn: bit 2 j is lane j of the first, bit 2 j + 1 of the second.
+DEEPALIGN_INLINE uint32_t dealt_bits(MaskPair mask) {
+  const __m256i both = _mm256_blend_epi16(_mm256_castps_si256(mask.first), _mm256_castps_si256(mask.second), 0xaa);
+  return uint32_t(_mm_movemask_epi8(_mm_packs_epi16(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1))));
+}
 DEEPALIGN_INLINE bool any(MaskPair mask) { return lane_bits(_mm256_or_ps(mask.first, mask.second)) != 0; }
 DEEPALIGN_INLINE bool all(MaskPair mask) { return _mm256_movemask_ps(_mm256_and_ps(mask.first, mask.second)) == 0xff; }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(lane_bits(mask)); }

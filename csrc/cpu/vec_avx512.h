@@ -41,6 +41,12 @@ DEEPALIGN_INLINE Mask opposite(Mask a) { return Mask(~a); }
 DEEPALIGN_INLINE Mask first_lanes(int64_t n) { return n >= kLanes ? Mask(0xffff) : n <= 0 ? Mask(0) : Mask((1u << n) - 1u); }
 DEEPALIGN_INLINE bool all(MaskPair mask) { return Mask(mask.first & mask.second) == Mask(0xffff); }
 DEEPALIGN_INLINE int64_t count(Mask mask) { return _mm_popcnt_u32(mask); }
+DEEPALIGN_INLINE uint32_t lane_bits(Mask mask) { return mask; }
+// Lanes in turn: bit 2 j is lane j of the first, bit 2 j + 1 of the second.
+DEEPALIGN_INLINE uint32_t dealt_bits(MaskPair mask) {
+  const __m512i low = _mm512_maskz_set1_epi32(mask.first, 0xffff), high = _mm512_maskz_set1_epi32(mask.second, int(0xffff0000u));
+  return _mm512_movepi16_mask(_mm512_or_si512(low, high));
+}
 DEEPALIGN_INLINE float largest_lane(Float x) { return _mm512_reduce_max_ps(x); }
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return _mm512_mask_mov_ps(b, mask, a); }
 DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return _mm512_mask_add_ps(sum, mask, sum, x); }

@@ -85,6 +85,15 @@ struct LaneCount {
 };
 DEEPALIGN_INLINE Float choose(Mask mask, Float a, Float b) { return mask ? a : b; }
 DEEPALIGN_INLINE Float add_chosen(Float sum, Mask mask, Float x) { return sum + Float(mask & Mask(x)); }
+DEEPALIGN_INLINE uint32_t lane_bits(Mask mask) {
+  return uint32_t((mask[0] & 1) | (mask[1] & 2) | (mask[2] & 4) | (mask[3] & 8));
+}
+// Lanes in turn: bit 2 j is lane j of the first, bit 2 j + 1 of the second.
+DEEPALIGN_INLINE uint32_t dealt_bits(MaskPair mask) {
+  uint32_t bits = 0;
+  for (int lane = 0; lane < kLanes; ++lane) bits |= uint32_t((mask.first[lane] & 1) | (mask.second[lane] & 2)) << 2 * lane;
+  return bits;
+}
 DEEPALIGN_INLINE float largest_lane(Float x) {
   float largest = x[0];
   for (int lane = 1; lane < kLanes; ++lane) largest = x[lane] > largest ? x[lane] : largest;

@@ -115,20 +115,26 @@ def contrastive_sample(
     ):
         log_space = space == "logprobs"
         if uniforms is None:
-            options = (alpha, temperature, top_k, top_p, min_p, log_space)
-            sampled = _drawn_at_once(aligned_logits, base_logits, generator, options, vocab_size)
-            if sampled is not None:
-                return sampled
+            plain = (alpha, temperature, top_k, top_p, min_p, log_space)
+            drawn = _drawn_at_once(aligned_logits, base_logits, generator, plain, vocab_size)
+            if drawn is not None:
+                return drawn
         elif generator is None and type(uniforms) is Tensor and uniforms.is_cpu:
             try:
-                width = aligned_logits.shape[1] if vocab_size is None else vocab_size
-                return AS_TUPLE(
-                    ContrastiveSample,
-                    CALL(
-                        aligned_logits, base_logits, uniforms, alpha, temperature, top_k, top_p, min_p, log_space, width
-                    ),
+                sampled = CALL(
+                    aligned_logits,
+                    base_logits,
+                    uniforms,
+                    alpha,
+                    temperature,
+                    top_k,
+                    top_p,
+                    min_p,
+                    log_space,
+                    vocab_size,
                 )
-            except (IndexError, OverflowError, RuntimeError, TypeError):
+                return AS_TUPLE(ContrastiveSample, sampled)
+            except (OverflowError, RuntimeError, TypeError):
                 pass  # what is wrong is found below
     width = check_logits(vocab_size, aligned_logits=aligned_logits, base_logits=base_logits)
     check_number("alpha", alpha, minimum=0.0)

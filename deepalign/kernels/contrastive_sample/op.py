@@ -10,7 +10,7 @@ from deepalign.kernels.library import LIBRARY, implement_on_gpu
 
 LIBRARY.define(
     "contrastive_sample(Tensor aligned, Tensor base, Tensor uniforms, float alpha, float temperature, int top_k, "
-    "float top_p, float min_p, bool log_space, SymInt vocab_size) -> (Tensor token_ids, Tensor logprobs)"
+    "float top_p, float min_p, bool log_space, SymInt? vocab_size) -> (Tensor token_ids, Tensor logprobs)"
 )
 implement_on_gpu("contrastive_sample", "contrastive_sample")
 # One step of a call less: results carry no gradient, whatever the logits do.

@@ -58,7 +58,7 @@ def contrastive_sample(
     top_p: float,
     min_p: float,
     log_space: bool,
-    vocab_size: int,
+    vocab_size: int | None,
     together: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """The kernel of `deepalign::contrastive_sample`.
@@ -66,6 +66,7 @@ def contrastive_sample(
     `together=False` launches what is before the wait and what is after it one after the other, as an interpreter must
     that runs one program at a time.
     """
+    vocab_size = aligned.shape[-1] if vocab_size is None else vocab_size
     check_rows(vocab_size, aligned=aligned, base=base)
     check_per_row("uniforms", uniforms, aligned, torch.float64)
     _check_options(alpha, temperature, top_k, top_p, min_p, vocab_size)

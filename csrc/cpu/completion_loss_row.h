@@ -72,7 +72,7 @@ class CompletionLossRow {
   // Errors are multiplied by the square of the temperature, and make up for each other where they are many and differ.
   bool wants_fine_sums() const { return args_.temperature > 4.0 || repeats_ || wants_doubles(); }
   bool wants_doubles() const {
-    return has_few_values_ || args_.temperature > 5.0 || cut_.size <= (args_.temperature > 4.0 ? 4096 : 64);
+    return has_few_values_ || args_.temperature > 5.0 || cut_.size <= (args_.temperature > 2.0 ? 4096 : 64);
   }
   bool cancels() const;
   double lost_with_teacher(const LossSums& sums) const;

@@ -18,7 +18,7 @@ int64_t CompletionLossRow<T>::collect(int64_t segment, Candidates& candidates) c
 
 template <class T>
 int64_t CompletionLossRow<T>::emit(int64_t segment, Candidates& candidates) const {
-  const FlushToZero flush(candidates.bound() > 0.0f && decides_beyond(candidates.bound()) && decides_beyond(threshold_));
+  const FlushToZero flush(are_beyond_zero(candidates.bound(), threshold_));
   return plain_ && !careful_ ? emit_as<true>(segment, candidates) : emit_as<false>(segment, candidates);
 }
 

@@ -327,7 +327,7 @@ DEEPALIGN_INLINE Pair ContrastiveSampleRow<T>::weights(Pair x) const {
 // Counts and weighs the entries above `cut` of each block; -infinity is below them all and is not counted.
 template <class T>
 void ContrastiveSampleRow<T>::tally(int64_t segment, float cut) const {
-  const FlushToZero flush(decides_beyond(cut));
+  const FlushToZero flush(is_beyond_zero(cut));
   for (int64_t begin = cut_.begin(segment); begin < cut_.end(segment); begin += cut_.block) {
     const int64_t end = std::min(begin + cut_.block, cut_.size);
     SampleBlock& block = block_at(begin);
@@ -392,7 +392,7 @@ void ContrastiveSampleRow<T>::tally_exactly(SampleBlock& block, int64_t begin, i
 // Offers what is kept of a block: x > cut and the first `ties` of those equal to it.
 template <class T>
 void ContrastiveSampleRow<T>::offer(int64_t block, float cut, int64_t ties, SampleDraw& draw) const {
-  const FlushToZero flush(decides_beyond(cut));
+  const FlushToZero flush(is_beyond_zero(cut));
   float x[kStep], w[kStep];
   const int64_t begin = block * cut_.block, end = std::min(begin + cut_.block, cut_.size);
   for (int64_t i = begin; i < end && !draw.done; i += kStep) {

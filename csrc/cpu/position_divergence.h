@@ -134,7 +134,7 @@ typename PositionDivergenceRow<T, kRanks>::Part PositionDivergenceRow<T, kRanks>
   const DivergenceScan unscaled = divergence_scan();
   const EveryEntry all;
   const float bound_of_d = kRanks == kByAll ? candidates[kRanks - 1].bound() : kInfinity;
-  const FlushToZero flush(bound_of_d > 0.0f && decides_beyond(bound_of_d) && decides_beyond(float(pair.log_ratio)));
+  const FlushToZero flush(are_beyond_zero(bound_of_d, float(pair.log_ratio)));
   Float bound_a = splat(candidates[0].bound()), bound_b = splat(candidates[1].bound());
   [[maybe_unused]] Float bound_d = splat(candidates[kRanks - 1].bound());
   DivergenceLaneSums sums;

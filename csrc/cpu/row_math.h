@@ -82,7 +82,7 @@ constexpr float kLeastNormal = std::numeric_limits<float>::min();
 
 // While it lives, results below 2^-126 become 0 (of additions, too, differences of two such numbers among them), where an
 // Intel processor takes 140 cycles to round one. For loops over exponentials. What compares differences, or x, makes sure
-// that those near 0 do not matter to it: a bound below them from `GroupMaxima`, or `decides_beyond`.
+// that those near 0 do not matter to it: a bound below them from `GroupMaxima`, or the conditions that follow.
 class FlushToZero {
  public:
   explicit FlushToZero(bool on = true) {
@@ -102,8 +102,9 @@ class FlushToZero {
   [[maybe_unused]] unsigned before_ = 0;
 };
 
-// Whether a comparison with a limit tells numbers near 0 from no other.
-inline bool decides_beyond(float limit) { return std::abs(limit) >= kLeastNormal; }
+// Whether a comparison with a limit is the same for all numbers near 0; whether none of them reaches a bound, either.
+inline bool is_beyond_zero(float limit) { return std::abs(limit) >= kLeastNormal; }
+inline bool are_beyond_zero(float bound, float limit) { return bound >= kLeastNormal && is_beyond_zero(limit); }
 
 // Lanes in which every value is neither infinite nor NaN.
 DEEPALIGN_INLINE Mask finite(Float x) { return equal(x - x, splat(0)); }

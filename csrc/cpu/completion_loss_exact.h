@@ -6,38 +6,50 @@
 namespace deepalign {
 namespace DEEPALIGN_ISA {
 
-// The sums of s, t and the divergence of a block once more, nearly without rounding: the step that holds its largest
-// entry of s, and the one of t, in double. In float an exponential is off by 1e-7, and what a lane adds after an entry
-// that has most of the mass is rounded to that entry's last place; the divergence multiplies both by tau^2.
+// What rounding has taken from a block's sums of s, t and the divergence: they are summed once more as pass 1 did, and
+// with the step that holds the block's largest entry of s, and the one of t, in double. In float an exponential is off by
+// 1e-7, and what a lane adds after an entry that has most of the mass is rounded to that entry's last place; the divergence
+// multiplies both by tau^2.
 template <class T>
-LossSums CompletionLossRow<T>::scan_exactly(int64_t begin) const {
-  const FlushToZero flush;
-  const int64_t end = std::min(begin + cut_.block, cut_.size);
+template <class Scan>
+LossSums CompletionLossRow<T>::divergence_lost_in(const Scan& scan, int64_t begin) const {
   const PeakSteps peaks = peak_steps(begin);
-  const LossMaskedScan masked = masked_scan();
-  const Exponential exp_s = masked.exp_s, exp_t = masked.exp_t;
-  LossAccumulators rest;
-  rest.clear();
+  LossAccumulators as_before, rest;
+  as_before.clear(), rest.clear();
   LossExactSums exact;
-  Pair ignored = twice(splat(0));
-  for (int64_t i = begin; i < end; i += kStep) {
-    const Step x = load(i, end - i);
+  const auto add = [&](const auto& scan, int64_t i, const Step& x, MaskPair exists) __attribute__((always_inline)) {
+    scan.add_divergence(x.s, x.a, x.b, exists, as_before);
     if (i == peaks.s || i == peaks.t) {
-      add_exactly(x, first_entries<T>(end - i), exact);
-    } else if (!careful_ && i + kStep <= end) {
-      const Pair xt = fma(splat(mix_), x.b - x.a, x.a), p = exp_s(x.s), q = exp_t(xt);
-      rest.s = add_both(rest.s, p), rest.t = add_both(rest.t, q);
-      rest.divergence = add_products(
-          rest.divergence, args_.teacher_student ? twice(splat(0)) - q : p, x.s - splat(lead_) - xt);
+      add_exactly(x, exists, exact);
     } else {
-      scan_step(masked, x, first_entries<T>(end - i), rest, ignored);
+      scan.add_divergence(x.s, x.a, x.b, exists, rest);
     }
-  }
-  LossLaneSums rounded(cut_.block);
-  rounded.template add<false>(rest, begin);
-  LossSums sums = rounded.total();
-  sums += exact.total();
-  return sums;
+  };
+  if (!over_block(scan, begin, add)) return divergence_lost_in(masked_scan(), begin);
+  const double factor = 1.0 / double(scale_of_part(begin / cut_.block));
+  LossSums lost = exact.total();
+  lost.s += LaneSum::of(rest.s, as_before.s, factor), lost.t += LaneSum::of(rest.t, as_before.t, factor);
+  lost.divergence += LaneSum::of(rest.divergence, as_before.divergence, factor);
+  return lost;
+}
+
+// The same of r and b, of which pass 1 takes coarse exponentials.
+template <class T>
+template <class Scan>
+LossSums CompletionLossRow<T>::threshold_lost_in(const Scan& scan, int64_t begin) const {
+  LossMaskedScan exact = masked_scan();
+  const float scale = scale_of_part(begin / cut_.block);
+  scale_all(scale, exact.exp_r, exact.exp_b);
+  LossAccumulators as_before, fine;
+  as_before.clear(), fine.clear();
+  const auto add = [&](const auto& scan, int64_t, const Step& x, MaskPair exists) __attribute__((always_inline)) {
+    scan.add_threshold(x.s, x.a, x.b, exists, as_before);
+    exact.add_threshold(x.s, x.a, x.b, exists, fine);
+  };
+  if (!over_block(scan, begin, add)) return threshold_lost_in(masked_scan(), begin);
+  LossSums lost;
+  lost.r = LaneSum::of(fine.r, as_before.r, 1.0 / double(scale)), lost.b = LaneSum::of(fine.b, as_before.b, 1.0 / double(scale));
+  return lost;
 }
 
 // The steps of a block that have its largest entries of s and of t.
@@ -45,26 +57,22 @@ template <class T>
 typename CompletionLossRow<T>::PeakSteps CompletionLossRow<T>::peak_steps(int64_t begin) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
   const Float lowest = splat(-kInfinity), mix = splat(mix_);
-  float of_steps_s[Cut::kMostBlock / 2], of_steps_t[Cut::kMostBlock / 2];  // the larger half of each step
-  Float s = lowest, t = lowest;
-  int64_t at = 0;
-  for (int64_t i = begin; i < end; i += kStep, at += kLanes) {
+  LossLanePeak s{lowest, splat(0)}, t = s;
+  float number = 0;
+  for (int64_t i = begin; i < end; i += kStep, ++number) {
     const Step x = load(i, end - i);
     Pair xs = x.s, xt = fma(mix, x.b - x.a, x.a);
     if (careful_ || i + kStep > end) {
       const MaskPair here = both(first_entries<T>(end - i), finite(x.s, x.a, x.b));
       xs = choose(here, xs, lowest), xt = choose(here, xt, lowest);
     }
-    const Float larger_s = max(xs.first, xs.second), larger_t = max(xt.first, xt.second);
-    store(of_steps_s + at, larger_s), store(of_steps_t + at, larger_t);
-    s = max(larger_s, s), t = max(larger_t, t);
+    s.see(max(xs.first, xs.second), splat(number)), t.see(max(xt.first, xt.second), splat(number));
   }
-  const auto step_of = [&](const float* of_steps, Float peak) {
-    int64_t step = 0;
-    while (step + kLanes < at && count(equal(DEEPALIGN_ISA::load(of_steps + step), peak)) == 0) step += kLanes;
-    return begin + step / kLanes * kStep;
+  const auto step_of = [&](const LossLanePeak& peak) {  // the first of them
+    const Mask largest = equal(peak.mass, splat(largest_lane(peak.mass)));
+    return begin - int64_t(largest_lane(choose(largest, splat(0) - peak.number, lowest))) * kStep;
   };
-  return {step_of(of_steps_s, splat(largest_lane(s))), step_of(of_steps_t, splat(largest_lane(t)))};
+  return {step_of(s), step_of(t)};
 }
 
 template <class T>
@@ -95,48 +103,29 @@ void CompletionLossRow<T>::add_exactly(const Step& x, MaskPair exists, LossExact
   }
 }
 
-// A block's sums as pass 1 took them.
-template <class T>
-LossSums CompletionLossRow<T>::scan_again(int64_t begin) const {
-  const FlushToZero flush;
-  LossLaneSums sums(cut_.block);
-  if (careful_) {
-    scan_block(masked_scan(), begin, sums);
-  } else {
-    plain_ ? scan_block(ordinary_scan<true>(), begin, sums) : scan_block(ordinary_scan<false>(), begin, sums);
-  }
-  return sums.total();
-}
-
-// Puts better sums of the blocks that hold much of the mass in the place of the rounded ones.
+// Gives the sums what rounding has taken from the blocks that hold much of the mass.
 template <class T>
 LossSums CompletionLossRow<T>::refined(LossSums sums) const {
-  const auto refine = [&](int64_t begin) {
-    const LossSums before = scan_again(begin), after = scan_exactly(begin);
-    sums.s += after.s - before.s, sums.t += after.t - before.t;
-    sums.divergence += after.divergence - before.divergence;
-  };
-  const LossPeak s = sums.peak_s, t = sums.peak_t;
-  const bool refine_s = s.mass > sums.s / 64, refine_t = t.mass > sums.t / 64 && !(refine_s && t.begin == s.begin);
-  if (refine_s) refine(s.begin);
-  if (refine_t) refine(t.begin);
-  return sums;
-}
-
-// The same of what pass 1 takes coarsely: it only sets the threshold of the count.
-template <class T>
-LossSums CompletionLossRow<T>::refined_pair(LossSums sums) const {
   const FlushToZero flush;
-  const auto refine = [&](int64_t begin) {
-    LossLaneSums fine(cut_.block);
-    scan_block(masked_scan(), begin, fine);
-    const LossSums before = scan_again(begin), after = fine.total();
-    sums.r += after.r - before.r, sums.b += after.b - before.b;
-  };
-  const LossPeak r = sums.peak_r, b = sums.peak_b;
-  const bool refine_r = r.mass > sums.r / 4, refine_b = b.mass > sums.b / 4 && !(refine_r && b.begin == r.begin);
-  if (refine_r) refine(r.begin);
-  if (refine_b) refine(b.begin);
+  const LossPeak s = sums.peak_s, t = sums.peak_t, r = sums.peak_r, b = sums.peak_b;
+  if (!wants_fine_sums()) {
+    const auto refine = [&](const LossPeak& peak) {
+      const LossSums lost = with_scan([&](const auto& scan) { return divergence_lost_in(scan, peak.begin); });
+      sums.s += lost.s, sums.t += lost.t, sums.divergence += lost.divergence;
+    };
+    const bool refine_s = s.mass > sums.s / 64, refine_t = t.mass > sums.t / 64 && !(refine_s && t.begin == s.begin);
+    if (refine_s) refine(s);
+    if (refine_t) refine(t);
+  }
+  if (!careful_) {  // else the exponentials were exact
+    const auto refine = [&](const LossPeak& peak) {
+      const LossSums lost = with_scan([&](const auto& scan) { return threshold_lost_in(scan, peak.begin); });
+      sums.r += lost.r, sums.b += lost.b;
+    };
+    const bool refine_r = r.mass > sums.r / 4, refine_b = b.mass > sums.b / 4 && !(refine_r && b.begin == r.begin);
+    if (refine_r) refine(r);
+    if (refine_b) refine(b);
+  }
   return sums;
 }
 
@@ -156,7 +145,7 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
     const PeakSteps peaks = peaked && !wants_doubles() ? peak_steps(begin) : PeakSteps{-1, -1};
     const int64_t end = std::min(begin + cut_.block, cut_.size);
     for (int64_t i = begin; i < end; i += kStep) {
-      Step x = load(i, end - i);
+      const Step x = load(i, end - i);
       const MaskPair exists = first_entries<T>(end - i);
       if (wants_doubles() || i == peaks.s || i == peaks.t) {
         add_exactly(x, exists, exact);
@@ -167,8 +156,7 @@ LossSums CompletionLossRow<T>::scan_finely(const LossSums& rounded) const {
       const float scale = scale_of_part(i / kStep);
       scan.exp_s = exp_s, scan.exp_t = exp_t;
       scale_all(scale, scan.exp_s, scan.exp_t);
-      const MaskPair here = scan.masked(x.s, x.a, x.b, exists);
-      scan.add_divergence(x.s, x.a, x.b, here, step);
+      scan.add_divergence(x.s, x.a, x.b, exists, step);
       sums.add_divergence(step, 1.0 / double(scale));
     }
   }

@@ -50,6 +50,10 @@ struct LossExactSums {
   }
 };
 
+// Above this temperature, whose square multiplies every error, the sums of s, t and the divergence are taken once more in
+// double. Exponentials without vscalef are rounded once more than those with it.
+constexpr double kFineTemperature = kLanes < 16 ? 3.0 : 4.0;
+
 // What is subtracted in the exponents: whole bits for ordinary rows, maxima for careful ones.
 struct LossOffsets {
   int s = 0, t = 0, r = 0, b = 0;
@@ -90,22 +94,41 @@ struct LossScan {
            holds(right_within(exp_t), t);
   }
 
-  DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, LossAccumulators& sums, Pair& largest) const {
-    const Pair change = xb - xa;  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
-    const Pair xr = !kPlain && mix.from_student ? xs : xa;
-    largest = max(xb - xr, largest);
-    const bool student_teacher = kPlain || !mix.teacher_student;
-    Pair p, q;
-    if (student_teacher) p = exp_s.value_and_add(xs, sums.s);
-    else sums.s = exp_s.add_to(sums.s, xs);
+  DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, MaskPair, LossAccumulators& sums, Pair& largest) const {
+    const Pair xr = reference(xs, xa);
+    largest = max(xb - xr, largest);  // in float: the spacing of bf16 at |x| ~ 16 is 0.125, and top-k would be all ties
+    const Pair p = add_student(xs, sums);
+    add_pair(xr, xb, sums);
+    add_teacher(xs, xa, xb, p, sums);
+    if (!kPlain) sums.logits = add_both(sums.logits, xs);
+  }
+  // Its parts: s, t and their divergence; r and b.
+  DEEPALIGN_INLINE void add_divergence(Pair xs, Pair xa, Pair xb, MaskPair, LossAccumulators& sums) const {
+    add_teacher(xs, xa, xb, add_student(xs, sums), sums);
+  }
+  DEEPALIGN_INLINE void add_threshold(Pair xs, Pair xa, Pair xb, MaskPair, LossAccumulators& sums) const {
+    add_pair(reference(xs, xa), xb, sums);
+  }
+
+ private:
+  DEEPALIGN_INLINE bool student_teacher() const { return kPlain || !mix.teacher_student; }
+  DEEPALIGN_INLINE Pair reference(Pair xs, Pair xa) const { return !kPlain && mix.from_student ? xs : xa; }
+  DEEPALIGN_INLINE Pair add_student(Pair xs, LossAccumulators& sums) const {
+    if (student_teacher()) return exp_s.value_and_add(xs, sums.s);
+    sums.s = exp_s.add_to(sums.s, xs);
+    return xs;
+  }
+  DEEPALIGN_INLINE void add_pair(Pair xr, Pair xb, LossAccumulators& sums) const {
     sums.r = exp_r.add_to(sums.r, xr);
     sums.b = exp_b.add_to(sums.b, xb);
-    const Pair xt = fma(mix.base, change, xa);
-    if (student_teacher) sums.t = exp_t.add_to(sums.t, xt);
+  }
+  DEEPALIGN_INLINE void add_teacher(Pair xs, Pair xa, Pair xb, Pair p, LossAccumulators& sums) const {
+    const Pair xt = fma(mix.base, xb - xa, xa);
+    Pair q;
+    if (student_teacher()) sums.t = exp_t.add_to(sums.t, xt);
     else q = exp_t.value_and_add(xt, sums.t);
     const Pair difference = xs - mix.lead - xt;
-    sums.divergence = add_products(sums.divergence, student_teacher ? p : twice(splat(0)) - q, difference);
-    if (!kPlain) sums.logits = add_both(sums.logits, xs);
+    sums.divergence = add_products(sums.divergence, student_teacher() ? p : twice(splat(0)) - q, difference);
   }
 };
 
@@ -122,27 +145,21 @@ struct LossMaskedScan {
   DEEPALIGN_INLINE Pair relative(Pair x, Float largest) const { return careful ? max(floor, x - largest) : x; }
 
   DEEPALIGN_INLINE void add(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums, Pair& largest) const {
+    add_threshold(xs, xa, xb, mask, sums);
+    add_divergence(xs, xa, xb, mask, sums);
+    mask = masked(xs, xa, xb, mask);
+    sums.logits = add_both(sums.logits, xs);
+    largest = max(choose(mask, xb - (mix.from_student ? xs : xa), splat(-kInfinity)), largest);
+  }
+  DEEPALIGN_INLINE void add_threshold(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums) const {
     const Float zero = splat(0);
     mask = masked(xs, xa, xb, mask);
-    const Pair xr = mix.from_student ? xs : xa;
-    sums.r = add_both(sums.r, choose(mask, exp_r(relative(xr, max_r)), zero));
+    sums.r = add_both(sums.r, choose(mask, exp_r(relative(mix.from_student ? xs : xa, max_r)), zero));
     sums.b = add_both(sums.b, choose(mask, exp_b(relative(xb, max_b)), zero));
-    add_divergence(xs, xa, xb, mask, sums);
-    sums.logits = add_both(sums.logits, xs);
-    largest = max(choose(mask, xb - xr, splat(-kInfinity)), largest);
   }
-
-  // What is outside the mask becomes 0, in careful rows also what is not finite; returns the rest.
-  DEEPALIGN_INLINE MaskPair masked(Pair& xs, Pair& xa, Pair& xb, MaskPair mask) const {
-    const Float zero = splat(0);
-    if (careful) mask = both(mask, finite(xs, xa, xb));
-    xs = choose(mask, xs, zero), xa = choose(mask, xa, zero), xb = choose(mask, xb, zero);
-    return mask;
-  }
-
-  // The part of s, t and their divergence, of masked entries.
   DEEPALIGN_INLINE void add_divergence(Pair xs, Pair xa, Pair xb, MaskPair mask, LossAccumulators& sums) const {
     const Float zero = splat(0);
+    mask = masked(xs, xa, xb, mask);
     const Pair xt = fma(mix.base, xb - xa, xa);
     const Pair p = choose(mask, exp_s(relative(xs, max_s)), zero);
     const Pair q = choose(mask, exp_t(relative(xt, max_t)), zero);
@@ -151,6 +168,15 @@ struct LossMaskedScan {
     const Pair difference = rounded - mix.lead + lost;
     sums.divergence = mix.teacher_student ? add_products(sums.divergence, q, twice(zero) - difference)
                                           : add_products(sums.divergence, p, difference);
+  }
+
+ private:
+  // What is outside the mask becomes 0, in careful rows also what is not finite; returns the rest.
+  DEEPALIGN_INLINE MaskPair masked(Pair& xs, Pair& xa, Pair& xb, MaskPair mask) const {
+    const Float zero = splat(0);
+    if (careful) mask = both(mask, finite(xs, xa, xb));
+    xs = choose(mask, xs, zero), xa = choose(mask, xa, zero), xb = choose(mask, xb, zero);
+    return mask;
   }
 };
 
@@ -163,12 +189,9 @@ struct LossLanePeak {
     mass = choose(larger, block_mass, mass), number = choose(larger, block_number, number);
   }
   LossPeak of_all_lanes(int64_t block) const {
-    float masses[kLanes], numbers[kLanes];
-    store(masses, mass), store(numbers, number);
-    LossPeak peak;
-    for (int lane = 0; lane < kLanes; ++lane) peak.see({masses[lane], 0, int64_t(numbers[lane]) * block});
-    peak.least = *std::min_element(masses, masses + kLanes);
-    return peak;
+    const float largest = largest_lane(mass);
+    const float last = largest_lane(choose(equal(mass, splat(largest)), number, splat(0)));
+    return {largest, 0.0f - largest_lane(splat(0) - mass), int64_t(last) * block};
   }
 };
 

@@ -48,29 +48,28 @@ class CompletionLossRow {
 
   DEEPALIGN_INLINE Step load(int64_t i, int64_t n) const { return {load_step(s_ + i, n), load_step(a_ + i, n), load_step(b_ + i, n)}; }
   void guess_offsets();
+  template <class Body>
+  LossSums with_scan(const Body& body) const {
+    if (careful_) return body(masked_scan());
+    return plain_ ? body(ordinary_scan<true>()) : body(ordinary_scan<false>());
+  }
   template <class Scan>
   LossSums scan_with(const Scan& scan, int64_t segment, GroupMaxima& maxima) const;
-  template <bool kPlain>
-  DEEPALIGN_INLINE static void scan_step(
-      const LossScan<kPlain>& scan, Step x, MaskPair, LossAccumulators& sums, Pair& largest) {
-    scan.add(x.s, x.a, x.b, sums, largest);
-  }
-  DEEPALIGN_INLINE static void scan_step(
-      const LossMaskedScan& scan, Step x, MaskPair exists, LossAccumulators& sums, Pair& largest) {
-    scan.add(x.s, x.a, x.b, exists, sums, largest);
-  }
+  template <class Scan, class Body>
+  bool over_block(const Scan& scan, int64_t begin, const Body& body) const;
   template <class Scan>
   Pair scan_block(const Scan& scan, int64_t begin, LossLaneSums& sums) const;
   template <bool kPlain>
   LossScan<kPlain> ordinary_scan() const;
   LossMaskedScan masked_scan() const;
-  LossSums scan_again(int64_t begin) const;
   LossSums refined(LossSums sums) const;
-  LossSums refined_pair(LossSums sums) const;
-  LossSums scan_exactly(int64_t begin) const;
+  template <class Scan>
+  LossSums divergence_lost_in(const Scan& scan, int64_t begin) const;
+  template <class Scan>
+  LossSums threshold_lost_in(const Scan& scan, int64_t begin) const;
   LossSums scan_finely(const LossSums& rounded) const;
   // Errors are multiplied by the square of the temperature, and make up for each other where they are many and differ.
-  bool wants_fine_sums() const { return args_.temperature > 4.0 || repeats_ || wants_doubles(); }
+  bool wants_fine_sums() const { return args_.temperature > kFineTemperature || repeats_ || wants_doubles(); }
   bool wants_doubles() const {
     return has_few_values_ || args_.temperature > 5.0 || cut_.size <= (args_.temperature > 2.0 ? 4096 : 64);
   }
@@ -187,8 +186,7 @@ void CompletionLossRow<T>::start_carefully() {
 template <class T>
 LossSums CompletionLossRow<T>::scan(int64_t segment, GroupMaxima& maxima) const {
   const FlushToZero flush;
-  if (careful_) return scan_with(masked_scan(), segment, maxima);
-  return plain_ ? scan_with(ordinary_scan<true>(), segment, maxima) : scan_with(ordinary_scan<false>(), segment, maxima);
+  return with_scan([&](const auto& scan) { return scan_with(scan, segment, maxima); });
 }
 
 template <class T>
@@ -225,35 +223,47 @@ LossSums CompletionLossRow<T>::scan_with(const Scan& scan, int64_t segment, Grou
   return sums.total();
 }
 
-// Adds a block to the sums; returns the largest differences.
+// body(scan, i, entries, which of them exist) for the steps of a block, the scan's exponentials being scaled; false if a logit
+// was out of the range of those that are open.
 template <class T>
-template <class Scan>
-Pair CompletionLossRow<T>::scan_block(const Scan& unscaled, int64_t begin, LossLaneSums& sums) const {
+template <class Scan, class Body>
+DEEPALIGN_INLINE bool CompletionLossRow<T>::over_block(const Scan& unscaled, int64_t begin, const Body& body) const {
   const int64_t end = std::min(begin + cut_.block, cut_.size);
   const float scale = scale_of_part(begin / cut_.block);
   Scan scan = unscaled;
   scale_all(scale, scan.exp_s, scan.exp_t, scan.exp_r, scan.exp_b);
   const T *const s = s_, *const a = a_, *const b = b_;
-  Pair largest = twice(splat(-kInfinity));
-  LossAccumulators block;
-  block.clear();
   Extremes<T> extremes;
   extremes.clear();
   int64_t i = begin;
   for (; i + kStep <= end; i += kStep) {
     prefetch_step(s + i), prefetch_step(a + i), prefetch_step(b + i);
     if (Scan::kOpen) extremes.see(s + i), extremes.see(a + i), extremes.see(b + i);
-    scan_step(scan, {load_pair(s + i), load_pair(a + i), load_pair(b + i)}, {all_lanes(), all_lanes()}, block, largest);
+    body(scan, i, Step{load_pair(s + i), load_pair(a + i), load_pair(b + i)}, MaskPair{all_lanes(), all_lanes()});
   }
   if constexpr (Scan::kOpen) {
-    if (!scan.is_right_for(extremes.interval(), mix_)) return scan_block(masked_scan(), begin, sums);
+    if (!scan.is_right_for(extremes.interval(), mix_)) return false;
   }
   if (i < end) {
     LossMaskedScan masked = masked_scan();
     scale_all(scale, masked.exp_s, masked.exp_t, masked.exp_r, masked.exp_b);
-    scan_step(masked, load(i, end - i), first_entries<T>(end - i), block, largest);
+    body(masked, i, load(i, end - i), first_entries<T>(end - i));
   }
-  sums.template add<Scan::kPlain>(block, begin, scale);
+  return true;
+}
+
+// Adds a block to the sums; returns the largest differences.
+template <class T>
+template <class Scan>
+Pair CompletionLossRow<T>::scan_block(const Scan& scan, int64_t begin, LossLaneSums& sums) const {
+  Pair largest = twice(splat(-kInfinity));
+  LossAccumulators block;
+  block.clear();
+  const auto add = [&](const auto& scan, int64_t, const Step& x, MaskPair exists) __attribute__((always_inline)) {
+    scan.add(x.s, x.a, x.b, exists, block, largest);
+  };
+  if (!over_block(scan, begin, add)) return scan_block(masked_scan(), begin, sums);
+  sums.template add<Scan::kPlain>(block, begin, scale_of_part(begin / cut_.block));
   return largest;
 }
 
@@ -263,8 +273,7 @@ template <class T>
 bool CompletionLossRow<T>::conclude(const LossSums& rounded) {
   const double tau = args_.temperature, scale = scale_, bits = float(kLog2E);
   LossSums sums = rounded;
-  if (std::isfinite(sums.divergence) && !wants_fine_sums()) sums = refined(sums);
-  if (std::isfinite(sums.divergence) && !careful_) sums = refined_pair(sums);
+  if (std::isfinite(sums.divergence)) sums = refined(sums);
   const auto settle = [&] {
     log2_s_ = std::log2(sums.s) + offsets_.s, log2_t_ = std::log2(sums.t) + offsets_.t;
     // Partitions divided by the very scale of the exponents: a shift of all logits cancels, equal models differ by 0. The

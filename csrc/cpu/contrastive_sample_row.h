@@ -365,12 +365,9 @@ void ContrastiveSampleRow<T>::tally_block(SampleBlock& block, int64_t begin, int
     add(contrast(load_pair(a_ + i), load_pair(b_ + i)));
   }
   for (; i < end; i += kStep) add(contrasted(i, end - i));
-  alignas(64) double lanes[kLanes] = {};
-  add_to_double(lanes, sums.first), add_to_double(lanes, sums.second);
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) lanes[lane] += lanes[lane + width];
-  }
-  block.above = above, block.ties = ties, block.mass = lanes[0];
+  LaneSum mass;
+  mass.add(sums.first), mass.add(sums.second);
+  block.above = above, block.ties = ties, block.mass = mass.total();
 }
 
 template <class T>

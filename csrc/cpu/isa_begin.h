@@ -20,7 +20,6 @@
 #include <sanitizer/asan_interface.h>
 #endif
 
-#include "exp2_table.h"
 #include "kernels.h"
 #include "types.h"
 

@@ -206,9 +206,18 @@ struct LaneSum {
   alignas(64) double lanes[kLanes] = {};
   DEEPALIGN_INLINE void add(Float x, double factor = 1.0) { add_to_double(lanes, x, factor); }
   double total() const {
-    double sum = 0.0;
-    for (double lane : lanes) sum += lane;
-    return sum;
+    double sums[kLanes];
+    std::copy_n(lanes, kLanes, sums);
+    for (int width = kLanes / 2; width > 0; width /= 2) {
+      for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+    }
+    return sums[0];
+  }
+  // (x - y) factor, of all lanes.
+  static double of(Float x, Float y, double factor) {
+    LaneSum sum;
+    sum.add(x, factor), sum.add(y, -factor);
+    return sum.total();
   }
 };
 

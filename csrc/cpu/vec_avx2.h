@@ -159,10 +159,9 @@ DEEPALIGN_INLINE Pair in_order(Pair dealt) {
 
 // sums[lane] += x[lane], in double.
 DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) {
-  const __m256d low = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(x)), _mm256_set1_pd(factor));
-  const __m256d high = _mm256_mul_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(x, 1)), _mm256_set1_pd(factor));
-  _mm256_storeu_pd(sums, _mm256_add_pd(_mm256_loadu_pd(sums), low));
-  _mm256_storeu_pd(sums + 4, _mm256_add_pd(_mm256_loadu_pd(sums + 4), high));
+  const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+  _mm256_storeu_pd(sums, _mm256_fmadd_pd(low, _mm256_set1_pd(factor), _mm256_loadu_pd(sums)));
+  _mm256_storeu_pd(sums + 4, _mm256_fmadd_pd(high, _mm256_set1_pd(factor), _mm256_loadu_pd(sums + 4)));
 }
 
 // The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.

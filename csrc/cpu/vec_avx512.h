@@ -6,7 +6,6 @@
 
 #include <immintrin.h>
 
-#include "exp2_table.h"
 #include "types.h"
 
 namespace deepalign {
@@ -138,10 +137,9 @@ DEEPALIGN_INLINE Pair in_order(Pair dealt) {
 
 // sums[lane] += x[lane], in double.
 DEEPALIGN_INLINE void add_to_double(double* sums, Float x, double factor = 1.0) {
-  const __m512d low = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(x)), _mm512_set1_pd(factor));
-  const __m512d high = _mm512_mul_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1)), _mm512_set1_pd(factor));
-  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), low));
-  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+  const __m512d low = _mm512_cvtps_pd(_mm512_castps512_ps256(x)), high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(x, 1));
+  _mm512_storeu_pd(sums, _mm512_fmadd_pd(low, _mm512_set1_pd(factor), _mm512_loadu_pd(sums)));
+  _mm512_storeu_pd(sums + 8, _mm512_fmadd_pd(high, _mm512_set1_pd(factor), _mm512_loadu_pd(sums + 8)));
 }
 
 // The float whose bits are the integer nearest to x, for x in [0, 2^31); below that, NaN, or `least` becomes negative.
@@ -173,12 +171,9 @@ class TableExponential {
 
   TableExponential(float scale, int offset, float factor = 1.0f) : scale_(splat(scale)) {
     const double common = double(factor) * double(bit_cast<float>(uint32_t(127 - offset) << 23)) * kLeading;
-    alignas(64) float table[16];
-    for (int i = 0; i < 16; ++i) {
-      const double lacking = i < kCentre - 16 ? 4.0 : 2.0;  // z is short of the centre by 23/16: what its floor lacks
-      table[i] = float(kExp2Table[2 * i] * common * lacking);
-    }
-    table_ = _mm512_load_ps(table);
+    const __m256 low = _mm512_cvtpd_ps(_mm512_mul_pd(_mm512_load_pd(kTable), _mm512_set1_pd(common)));
+    const __m256 high = _mm512_cvtpd_ps(_mm512_mul_pd(_mm512_load_pd(kTable + 8), _mm512_set1_pd(common)));
+    table_ = _mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1);
   }
 
   // Its values times a factor of 1 to 2.
@@ -214,6 +209,13 @@ class TableExponential {
  private:
   static constexpr int kCentre = 23;
   static constexpr float kMagic = 0x1.8p19f;
+  // 2^(i/16), times 2 or 4: z is short of the centre by 23/16, of which floor takes 1 or 2. In double, so that the factor is
+  // rounded with it, not after it.
+  alignas(64) static constexpr double kTable[16] = {
+      4.0, 4.177095129709655, 4.362030930661031, 4.555154539026766,
+      4.756828460010884, 4.967431248293936, 5.187358218604039, 2.7085110938737853,
+      2.8284271247461903, 2.9536522918789987, 3.0844216508158815, 3.2209806638985086,
+      3.363585661014858, 3.512504320746599, 3.668016172818685, 3.830413122794295};
   // Minimax on [-1/32, 1/32], free of error in the mean: 6.8e-7 and 2.2e-9.
   static constexpr float kRest = kDegree == 2 ? 2.08103442f : 6.24343777f, kConstant = 6.00556135f;
   static constexpr double kLeading = kDegree == 2 ? 0.24111248278877206 : 0.05570732037184028;
